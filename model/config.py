@@ -1,0 +1,100 @@
+"""The shape of the model: the `model` section of a config. Imports no torch, so that mistakes answer at once."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RopeScaling(BaseModel):
+    """Llama 3's stretching of RoPE wavelengths beyond the length a model was first trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    factor: float = Field(8.0, gt=0, description="how much longer the context becomes")
+    low_freq_factor: float = Field(1.0, gt=0, description="wavelengths above original / this are stretched in full")
+    high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original / this stay as they are")
+    original_max_position_embeddings: int = Field(8192, ge=1, description="the length trained on before")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        return self
+
+
+class ModelConfig(BaseModel):
+    """A Llama 4 text model (its vocabulary is the tokenizer's)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dim: int = Field(768, ge=1, description="width of the residual stream (D)")
+    n_layers: int = Field(8, ge=1, description="transformer blocks")
+    n_heads: int = Field(8, ge=1, description="query heads (H)")
+    n_kv_heads: int | None = Field(None, ge=1, description="key and value heads; null: n_heads")
+    head_dim: int | None = Field(None, ge=2, description="width of a head; null: dim / n_heads")
+    ffn_dim: int = Field(2048, ge=1, description="hidden width of the dense blocks (F)")
+    expert_dim: int = Field(2048, ge=1, description="hidden width of each expert, and of the shared one (F)")
+    n_experts: int = Field(31, ge=1, description="routed experts (E)")
+    top_k: int = Field(1, ge=1, description="experts a token is sent to (K)")
+    shared_expert: bool = Field(True, description="one more expert that sees every token")
+    moe_every: int = Field(1, ge=0, description="every n-th block is a mixture of experts, the rest dense; 0: none")
+    max_seq_len: int = Field(1024, ge=1, description="longest sequence the model takes")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the RoPE wavelengths")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's stretching: factor, low_freq_factor, ...")
+    nope_every: int = Field(4, ge=0, description="every n-th layer has no RoPE and sees the whole past; 0: none")
+    attention_chunk: int | None = Field(
+        None, ge=1, description="RoPE layers attend within chunks of this many tokens; null: no chunks"
+    )
+    qk_norm: bool = Field(True, description="L2 norm of queries and keys after RoPE, on RoPE layers")
+    temperature_tuning: bool = Field(True, description="scale queries by position on NoPE layers")
+    temperature_floor: int = Field(8192, ge=1, description="positions per step of that scale")
+    temperature_scale: float = Field(0.1, ge=0, description="strength of that scale")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the norms")
+    tie_embeddings: bool = Field(False, description="the head shares the embedding's weights")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of embedding, attention output and block output (1/256 steps)")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights; equal only on the same mesh")
+    balance_rate: float = Field(0.001, ge=0, description="step of the router's balance bias; 0: no balancing")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads}: does not divide dim={self.dim}; set head_dim too, or another")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads={self.kv_heads}: does not divide n_heads={self.n_heads}")
+        if self.head % 2:
+            raise ValueError(f"head_dim={self.head}: RoPE turns pairs, so it must be even")
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k={self.top_k}: more than n_experts={self.n_experts}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) holds experts."""
+        return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
+
+    def uses_rope(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) knows positions by RoPE; a NoPE layer sees the whole past instead."""
+        return self.nope_every == 0 or (layer + 1) % self.nope_every != 0
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [i for i in range(self.n_layers) if self.is_moe(i)]
+
+    def parameter_counts(self, vocab_size: int) -> tuple[int, int]:
+        """(all parameters, those that one token meets)."""
+        attention = self.dim * self.head * (2 * self.n_heads + 2 * self.kv_heads) + 2 * self.dim
+        dense, expert = 3 * self.dim * self.ffn_dim, 3 * self.dim * self.expert_dim
+        moe = len(self.moe_layers)
+        common = (
+            vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+            + self.dim
+            + self.n_layers * attention
+            + (self.n_layers - moe) * dense
+            + moe * (self.n_experts * self.dim + (expert if self.shared_expert else 0))
+        )
+        return common + moe * self.n_experts * expert, common + moe * self.top_k * expert

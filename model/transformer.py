@@ -1,0 +1,178 @@
+"""Tokens -> loss, on one device: embedding, blocks, and a head that owns the loss.
+
+Written as if for one process; `parallel` shards it from outside. Weights are cast to the dtype of the activations
+where they are used, so the same lines run in fp32 and, with sharded and already cast weights, in bf16.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Attention, KVCache, Places
+from model.config import ModelConfig
+from model.loss import IGNORE, full_logits, linear_cross_entropy
+from model.moe import FeedForward, MoE
+from model.random import Window, dropout, fold, initial_normal
+
+EMBEDDING, ATTENTION, FEED_FORWARD = 0, 1, 2  # the sites of dropout
+
+
+class Output(NamedTuple):
+    """What a forward gives. `loss` is a sum over the targets that count; `logits` (B, S, V) when there are none."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    loads: Tensor  # (MoE layers, E) int64: real tokens sent to each expert
+
+
+class RMSNorm(nn.Module):
+    """arXiv:1910.07467, computed in fp32 at least."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + experts or feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = MoE(config) if config.is_moe(layer) else FeedForward(config.dim, config.ffn_dim)
+
+    def forward(
+        self, x: Tensor, places: Places, real: Tensor, keys: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D) -> (B, S, D), loads (E,) of an MoE block."""
+        x = x + dropout(self.attention(self.attention_norm(x), places, cache), self.dropout, keys, ATTENTION)
+        h, loads = self.feed_forward_norm(x), None
+        if isinstance(self.feed_forward, MoE):
+            h, loads = self.feed_forward(h, real)
+        else:
+            h = self.feed_forward(h)
+        return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads
+
+
+class Head(nn.Module):
+    """The last norm, the projection to the vocabulary, and the loss, so that sharding gathers its weights once."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
+
+    def forward(self, x: Tensor, targets: Tensor | None, embedding: Tensor) -> Tensor:
+        """x (B, S, D) -> sum of the loss over targets (B, S); without targets logits (B, S, V).
+
+        embedding (V, D) is the projection where the config ties the two: one parameter, handed in.
+        """
+        x = self.norm(x)
+        weight = (embedding if self.weight is None else self.weight).to(x.dtype)
+        if targets is None:
+            return full_logits(x, weight)
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+
+
+class Transformer(nn.Module):
+    """A Llama 4 text model. `compute_dtype` is the dtype of its activations; weights stay as they are."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.compute_dtype = torch.float32
+        self.embedding = Embedding(vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.head = Head(config, vocab_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        keys: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> Output:
+        """Loss of tokens (B, S) against targets (B, S), or logits without targets.
+
+        positions (B or 1, S) default to 0..S-1, or to what follows the caches; documents (B, S) keep attention inside
+        each story; keys (B,) are the sequences' random keys (`sequence_keys`), None for no dropout.
+        """
+        if positions is None:
+            start = caches[0].length if caches else 0
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        real = torch.ones_like(tokens, dtype=torch.bool) if targets is None else targets != IGNORE
+        x = self.embedding(tokens).to(self.compute_dtype)
+        places = Places.of(self.config, positions, documents, x.dtype)
+        x = dropout(x, self.config.dropout, keys, EMBEDDING)
+        loads = []
+        for i, block in enumerate(self.blocks):
+            layer_keys = None if keys is None or not self.config.dropout else fold(keys, i + 1)
+            x, layer_loads = block(x, places, real, layer_keys, caches[i] if caches else None)
+            if layer_loads is not None:
+                loads.append(layer_loads)
+        result = self.head(x, targets, self.embedding.weight)
+        stacked = torch.stack(loads) if loads else torch.zeros(0, self.config.n_experts, dtype=torch.int64)
+        return Output(None, result, stacked) if targets is None else Output(result, None, stacked)
+
+    def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
+        """Empty key-value caches for `capacity` tokens, one a layer."""
+        like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
+        c = self.config
+        return [KVCache(batch, c.kv_heads, capacity, c.head, like) for _ in self.blocks]
+
+    def initial_std(self, name: str) -> float:
+        """Standard deviation of the initial values of parameter `name`; 0 for norms, which start at 1.
+
+        By fan-in, so that widths from 64 to 5,120 need no other rate; what writes to the residual stream starts
+        smaller by sqrt(2 layers) (GPT-2).
+        """
+        c = self.config
+        part = ".".join(name.split(".")[-2:])
+        if "norm" in part:
+            return 0.0
+        if part == "embedding.weight":
+            return c.dim**-0.5 if c.tie_embeddings else 1.0
+        if part == "attention.wo":
+            return (2 * c.n_layers * c.n_heads * c.head) ** -0.5
+        if part.endswith(".down"):
+            hidden = c.ffn_dim if part == "feed_forward.down" else c.expert_dim
+            return (2 * c.n_layers * hidden) ** -0.5
+        return c.dim**-0.5
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, local: Callable[[Tensor], tuple[Tensor, Window]] | None = None) -> None:
+        """Fill all weights and buffers by (seed, name): bitwise the same however the weights are sharded.
+
+        `local(parameter)` gives the part that lies here and its window in the whole; by default all of it.
+        """
+        for name, parameter in self.named_parameters():
+            part, window = local(parameter) if local else (parameter, [(0, n) for n in parameter.shape])
+            std = self.initial_std(name)
+            if std == 0.0:
+                part.fill_(1.0)
+            elif part.numel():
+                part.copy_(initial_normal(seed, name, parameter.shape, std, window))
+        for buffer in self.buffers():
+            buffer.zero_()

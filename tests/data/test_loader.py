@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import UserError
+from data.loader import IGNORE, Loader, Order, Rows, Share
+from data.shards import Corpus
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 5))
+def test_an_epoch_visits_each_row_once(n, seed, epoch):
+    rows = Order(seed, n)(np.arange(epoch * n, (epoch + 1) * n))
+    assert sorted(rows.tolist()) == list(range(n))
+
+
+def test_order_does_not_change_between_versions():
+    epochs = [8, 6, 5, 3, 1, 0, 4, 2, 7, 9, 9, 7, 2, 5, 3, 0, 6, 1, 8, 4]
+    assert Order(7, 10)(np.arange(20)).tolist() == epochs
+    large = [203464818549, 170663037966, 996274769694, 172573442232]  # beyond 32 bits
+    assert Order(2**40, 10**12)(np.array([0, 1, 10**12, 5 * 10**13])).tolist() == large
+
+
+def test_orders_differ_by_seed_and_epoch():
+    first, second = Order(0, 1000)(np.arange(2000)).reshape(2, -1)
+    assert (first != second).mean() > 0.9
+    assert (Order(1, 1000)(np.arange(1000)) != first).mean() > 0.9
+    assert abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.1
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 70), micro=st.integers(1, 20), world=st.integers(1, 9))
+def test_any_world_takes_any_global_batch(size, micro, world):
+    share = Share(size, micro, world)
+    ranks = [share.of(r) for r in range(world)]
+    assert [p for rank in ranks for batch in rank for p in batch if p is not None] == list(range(size))
+    assert {len(rank) for rank in ranks} == {share.micro_batches}
+    assert {len(batch) for rank in ranks for batch in rank} == {share.rows} and share.rows <= micro
+    assert sum(p is None for rank in ranks for batch in rank for p in batch) == share.filler
+    assert share.filler < world * share.micro_batches + world  # no more than rounding needs
+
+
+@pytest.fixture(scope="module")
+def split(corpus_dir):
+    return Corpus.open(corpus_dir).split("train")
+
+
+@pytest.fixture(scope="module")
+def stories(split):
+    """All stories of the split as lists of ids, bos and eos included."""
+    shards = [split.shard(i) for i in range(len(split.shards))]
+    assert len(shards) > 1
+    return [s.tokens[a:b].tolist() for s in shards for a, b in zip(s.starts, s.starts[1:], strict=False)]
+
+
+BOS, EOS, PAD = 1, 2, 0
+
+
+def loader(split, size=12, micro=5, rank=0, world=1, seq_len=32, pack=True, **keys):
+    rows = Rows(split, seq_len, pack, BOS, PAD, keys.pop("mask_documents", False))
+    return Loader(rows, Share(size, micro, world), seed=3, rank=rank, **keys)
+
+
+def global_batch(split, step, world, micro, **keys):
+    """Tokens and targets of all ranks in the order of the global batch, filler left out; real tokens."""
+    parts = [loader(split, rank=r, world=world, micro=micro, **keys).step(step) for r in range(world)]
+    batches = [b for part in parts for b in part.micro_batches]
+    index = torch.cat([b.index for b in batches])
+    real = index < 12
+    assert index[real].tolist() == list(range(12))
+    assert all((b.targets[b.index == 12] == IGNORE).all() for b in batches)
+    tokens, targets = (torch.cat([getattr(b, name) for b in batches])[real] for name in ("tokens", "targets"))
+    assert {part.real_tokens for part in parts} == {int((targets != IGNORE).sum())}
+    return tokens, targets
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("world, micro", [(1, 5), (2, 1), (3, 2), (5, 12), (12, 3)])
+def test_the_global_batch_is_the_same_at_any_world(split, pack, world, micro):
+    for step in (0, 7, 1000):
+        want = global_batch(split, step, 1, 12, pack=pack)
+        got = global_batch(split, step, world, micro, pack=pack)
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_packed_rows_are_the_stories_end_to_end(split):
+    rows = Rows(split, 32, True, BOS, PAD)
+    shard = split.shard(0)
+    for row in (0, 1, 5):
+        assert rows.read(row).tolist() == shard.tokens[row * 32 : row * 32 + 33].tolist()
+    first_of_second = (len(shard.tokens) - 1) // 32
+    assert rows.read(first_of_second).tolist() == split.shard(1).tokens[:33].tolist()
+    batch = rows.batch(list(range(12)), list(range(12)))
+    shifted = torch.from_numpy(np.stack([rows.read(i) for i in range(12)]).astype(np.int64))[:, 1:]
+    assert torch.equal(batch.targets, shifted.masked_fill(shifted == BOS, IGNORE))
+    assert (batch.targets == IGNORE).any() and (batch.targets == EOS).any()
+
+
+def test_an_epoch_trains_on_each_target_once(split, stories):
+    """Over an epoch of packed rows every token after bos is a target once, but for the ends of the shards."""
+    rows = Rows(split, 32, True, BOS, PAD)
+    real = rows.real_tokens(np.arange(len(rows)))
+    targets = sum(len(s) - 1 for s in stories)
+    assert targets - 32 * len(split.shards) <= real <= targets
+
+
+def test_one_story_a_row(split, stories):
+    rows = Rows(split, 64, False, BOS, PAD)
+    assert len(rows) == len(stories)
+    assert any(len(s) > 65 for s in stories) and any(len(s) < 65 for s in stories)
+    batch = rows.batch([0, 1, None, len(stories) - 1], [0, 1, 9, 2])
+    for i, story in ((0, stories[0]), (1, stories[1]), (3, stories[-1])):
+        cut = story[:65]
+        assert batch.tokens[i, : len(cut) - 1].tolist() == cut[: len(cut) - 1 or None][: len(cut) - 1]
+        assert batch.targets[i, : len(cut) - 1].tolist() == cut[1:]
+        assert (batch.targets[i, len(cut) - 1 :] == IGNORE).all()
+    assert (batch.targets[2] == IGNORE).all()
+    assert rows.batch([0], [0], trim=True).tokens.shape[1] == min(64, len(stories[0]) - 1)
+
+
+def test_documents_and_positions_restart_at_each_story(split):
+    batch = loader(split, size=64, micro=64, mask_documents=True).step(0).micro_batches[0]
+    assert batch.documents.max() >= 1
+    for tokens, documents, positions in zip(batch.tokens, batch.documents, batch.positions, strict=True):
+        start = 0
+        for i, token in enumerate(tokens.tolist()):
+            start = i if token == BOS else start
+            assert positions[i] == i - start
+            assert documents[i] == (tokens[: i + 1] == BOS).sum()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_threads_do_not_change_the_steps(split, workers):
+    one = loader(split, workers=workers)
+    got = list(one.steps(4, 11))
+    assert len(got) == 7
+    for number, step in enumerate(got, start=4):
+        want = one.step(number)
+        assert step.real_tokens == want.real_tokens
+        for a, b in zip(step.micro_batches, want.micro_batches, strict=True):
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
+
+
+def test_a_corpus_too_small_for_a_step_is_refused(split):
+    rows = len(Rows(split, 32, True, BOS, PAD))
+    with pytest.raises(UserError, match=f"train.global_batch_size={rows + 1}: the corpus holds {rows} rows"):
+        loader(split, size=rows + 1)
+
+
+def test_offsets_beyond_4_gib(tmp_path):
+    """Rows of a sparse shard of 2^31 tokens and more; nothing in the arithmetic is 32-bit."""
+
+    class Shard:
+        tokens = np.memmap(tmp_path / "sparse", np.uint16, "w+", shape=(2**31 + 1000,))
+        starts = np.array([0, 2**31 + 1000])
+
+    class Info:
+        tokens, documents = 2**31 + 1000, 1
+
+    class Split:
+        shards = [Info()]
+
+        def shard(self, number):
+            return Shard
+
+    Shard.tokens[2**31 + 10] = 77
+    rows = Rows(Split(), 100, True, BOS, PAD)
+    assert 77 in rows.read((2**31 + 10) // 100).tolist()
+    assert len(rows) == (2**31 + 999) // 100

@@ -1,0 +1,57 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import loss
+from model.loss import IGNORE, linear_cross_entropy
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, 40), vocab=st.integers(2, 30), dim=st.integers(1, 9), rows=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_equals_plain_cross_entropy(tokens, vocab, dim, rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, dim, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, vocab, (tokens,), generator=g)
+    targets[torch.rand(tokens, generator=g) < 0.3] = IGNORE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CHUNK_TOKENS", rows)
+        patch.setattr(loss, "CHUNK_LOGITS", 0)
+        ours = linear_cross_entropy(hidden, weight, targets)
+        got = torch.autograd.grad(ours * 0.7, (hidden, weight))
+    plain = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")
+    want = torch.autograd.grad(plain * 0.7, (hidden, weight))
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(got, want)
+
+
+def test_never_holds_the_full_logits():
+    tokens, vocab, dim = 8192, 32000, 8
+    hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_cross_entropy(hidden[:1024], weight, torch.zeros(1024, dtype=torch.int64)).backward()
+    largest = max(e.cpu_memory_usage for e in profile.events())
+    assert largest < 1024 * vocab * 4 / 2
+
+
+def test_without_gradients_gives_the_same_loss():
+    hidden, weight, targets = torch.randn(9, 4), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 4, 0, IGNORE, 2, 1])
+    plain = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), plain)
+
+
+def test_bf16_stays_near_fp32():
+    hidden, weight = torch.randn(64, 16), torch.randn(50, 16)
+    targets = torch.randint(0, 50, (64,))
+    low = [t.bfloat16().requires_grad_() for t in (hidden, weight)]
+    high = [t.detach().float().requires_grad_() for t in low]
+    linear_cross_entropy(*low, targets).backward()
+    linear_cross_entropy(*high, targets).backward()
+    for a, b in zip(low, high, strict=True):
+        assert a.grad.dtype == torch.bfloat16
+        assert (a.grad.float() - b.grad).norm() < 0.02 * b.grad.norm()

@@ -1,0 +1,138 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.config import ModelConfig
+from model.moe import Experts, MoE, Router, can_group, grouped_product
+
+
+def make(dtype=torch.float64, **keys):
+    config = ModelConfig(**{"dim": 8, "n_heads": 2, "expert_dim": 12, "n_experts": 5, "n_layers": 1, **keys})
+    moe = MoE(config).to(dtype)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+    return moe
+
+
+def by_token(moe, x, real):
+    """The definition, one token at a time."""
+    out = []
+    for token, counts in zip(x.flatten(0, 1), real.flatten(), strict=True):
+        y = torch.zeros_like(token)
+        if moe.shared is not None:
+            gate, up = (moe.shared.gate_up @ token).chunk(2)
+            y = y + moe.shared.down @ (F.silu(gate) * up)
+        logits = moe.router.weight @ token
+        for e in (logits.sigmoid() + moe.router.bias).topk(moe.router.top_k).indices if counts else []:
+            sent = token * logits[e].sigmoid()
+            gate, up = (sent @ moe.experts.gate_up[e]).chunk(2)
+            y = y + (F.silu(gate) * up) @ moe.experts.down[e]
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_experts=st.integers(1, 6), top_k=st.integers(1, 3), shared=st.booleans(), seed=st.integers(0, 50),
+    masked=st.sampled_from([0.0, 0.4, 1.0]),
+)  # fmt: skip
+def test_equals_the_definition_token_by_token(n_experts, top_k, shared, seed, masked):
+    moe = make(n_experts=n_experts, top_k=min(top_k, n_experts), shared_expert=shared)
+    g = torch.Generator().manual_seed(seed)
+    moe.router.bias.normal_(0, 0.2, generator=g)
+    x = torch.randn(2, 7, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    real = torch.rand(2, 7, generator=g) >= masked
+    weights = [x, *moe.parameters()]
+    out, loads = moe(x, real)
+    want = by_token(moe, x, real)
+    torch.testing.assert_close(out, want)
+    direction = torch.randn(out.shape, generator=g, dtype=torch.float64)
+    got = torch.autograd.grad((out * direction).sum(), weights, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad((want * direction).sum() + 0 * sum(w.sum() for w in weights), weights)
+    torch.testing.assert_close(got, expected)
+    assert loads.dtype == torch.int64 and int(loads.sum()) == int(real.sum()) * moe.router.top_k
+
+
+def test_every_weight_gets_a_gradient_without_any_token():
+    """An idle process must take part in the reduction of every weight."""
+    moe = make(torch.float32)
+    out, loads = moe(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool))
+    out.sum().backward()
+    assert int(loads.sum()) == 0
+    assert all(p.grad is not None for p in moe.parameters())
+
+
+def test_router_gets_a_gradient_with_top_1():
+    moe = make()
+    out, _ = moe(torch.randn(2, 3, 8, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool))
+    out.square().sum().backward()
+    assert moe.router.weight.grad.abs().max() > 0
+
+
+def test_bias_changes_the_choice_and_not_the_score():
+    router = Router(ModelConfig(dim=8, n_heads=2, n_experts=4))
+    torch.nn.init.normal_(router.weight)
+    x, real = torch.randn(20, 8), torch.ones(20, dtype=torch.bool)
+    router.bias[2] = 100.0
+    scores, experts, loads = router(x, real)
+    assert (experts == 2).all() and loads.tolist() == [0, 0, 20, 0]
+    torch.testing.assert_close(scores[:, 0], (x @ router.weight[2]).sigmoid())
+
+
+def test_router_decides_in_fp32_whatever_the_activations():
+    router = Router(ModelConfig(dim=8, n_heads=2, n_experts=4))
+    torch.nn.init.normal_(router.weight)
+    with torch.no_grad():
+        router.weight[1] = router.weight[0] * (1 + 1e-4)  # bf16 cannot tell the two apart
+    x = torch.randn(50, 8).bfloat16()
+    scores, experts, _ = router(x, torch.ones(50, dtype=torch.bool))
+    assert scores.dtype == torch.float32
+    exact = (x.double() @ router.weight.double().t()).argmax(-1)
+    assert (experts[:, 0] == exact).all()
+
+
+def test_padding_counts_in_no_load():
+    moe = make(torch.float32)
+    x, real = torch.randn(1, 10, 8), torch.zeros(1, 10, dtype=torch.bool)
+    real[0, :3] = True
+    _, padded = moe(x, real)
+    _, alone = moe(x[:, :3], real[:, :3])
+    assert torch.equal(padded, alone) and int(padded.sum()) == 3
+
+
+@pytest.mark.parametrize("counts", [[0, 3, 2], [5, 0, 0], [0, 0, 5], [1, 0, 4], [0, 0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_grouped_product_with_empty_groups(counts, dtype):
+    rows, weight = torch.randn(sum(counts), 8, dtype=dtype), torch.randn(3, 8, 16, dtype=dtype)
+    rows.requires_grad_(), weight.requires_grad_()
+    out = grouped_product(rows, weight, torch.tensor(counts))
+    out.sum().backward()  # an expanded gradient, which grouped_mm itself refuses
+    want = torch.cat([r.detach().float() @ w.float() for r, w in zip(rows.split(counts), weight.detach(), strict=True)])
+    torch.testing.assert_close(out.float(), want, rtol=2e-2, atol=2e-2)
+    assert weight.grad.shape == weight.shape and rows.grad.shape == rows.shape
+
+
+def test_odd_widths_take_the_loop():
+    assert can_group(torch.float32, torch.device("cpu"), torch.Size((3, 8, 16)))
+    assert not can_group(torch.float32, torch.device("cpu"), torch.Size((3, 5, 16)))
+    assert not can_group(torch.float64, torch.device("cpu"), torch.Size((3, 8, 16)))
+    rows, weight = torch.randn(4, 5), torch.randn(2, 5, 3)
+    torch.testing.assert_close(grouped_product(rows, weight, torch.tensor([1, 3]))[1:], rows[1:] @ weight[1])
+
+
+def test_the_seam_takes_the_rows():
+    moe = make()
+    x, real = torch.randn(2, 3, 8, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
+    alone, _ = moe(x, real)
+    seen = []
+
+    def exchange(rows, counts):
+        seen.append((len(rows), counts.tolist()))
+        return moe.experts(rows, counts)
+
+    moe.exchange = exchange
+    through, loads = moe(x, real)
+    assert torch.equal(alone, through) and seen == [(6, loads.tolist())]
+    assert isinstance(moe.experts, Experts)

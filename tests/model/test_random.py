@@ -1,0 +1,51 @@
+import torch
+
+from model.random import dropout, fold, initial_normal, random_bytes, sequence_keys
+
+
+def test_initial_values_are_the_same_in_any_window():
+    whole = initial_normal(3, "blocks.0.x", (6, 8, 4), 0.5, [(0, 6), (0, 8), (0, 4)])
+    for window in ([(2, 5), (0, 8), (0, 4)], [(0, 6), (4, 8), (1, 3)], [(6, 6), (0, 8), (0, 4)]):
+        cut = tuple(slice(a, b) for a, b in window)
+        assert torch.equal(initial_normal(3, "blocks.0.x", (6, 8, 4), 0.5, window), whole[cut])
+    assert abs(whole.std() - 0.5) < 0.1
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, initial_normal(4, "blocks.0.x", (6, 8, 4), 0.5, [(0, 6), (0, 8), (0, 4)]))
+    assert not torch.equal(whole, initial_normal(3, "blocks.1.x", (6, 8, 4), 0.5, [(0, 6), (0, 8), (0, 4)]))
+
+
+def test_keys_differ_by_everything_they_depend_on():
+    index = torch.arange(1000)
+    keys = [sequence_keys(s, t, index) for s in (0, 1) for t in (0, 1)]
+    keys += [fold(keys[0], site) for site in (0, 1, 2)]
+    assert len(torch.cat(keys).unique()) == 7 * 1000
+
+
+def test_dropout_of_a_sequence_does_not_depend_on_its_batch():
+    x = torch.randn(8, 16, 12)
+    keys = sequence_keys(0, 5, torch.arange(8))
+    whole = dropout(x, 0.1, keys, 3)
+    for i in range(8):
+        assert torch.equal(dropout(x[i : i + 1], 0.1, keys[i : i + 1], 3)[0], whole[i])
+    assert torch.equal(dropout(x, 0.1, keys, 3), whole)
+    assert not torch.equal(dropout(x, 0.1, keys, 4), whole)
+    assert dropout(x, 0.1, None, 3) is x
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    keys = sequence_keys(1, 2, torch.arange(64))
+    out = dropout(torch.ones(64, 4096), 0.1, keys, 0)
+    share = (out == 0).double().mean()
+    assert abs(share - 26 / 256) < 0.002  # in steps of 1/256
+    assert abs(out.double().mean() - 1) < 0.003
+
+
+def test_random_bytes_look_random():
+    b = random_bytes(sequence_keys(0, 0, torch.arange(256)), 4096).double()
+    counts = torch.bincount(b.flatten().long(), minlength=256).double()
+    expected = b.numel() / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 400  # chi-square, 255 degrees of freedom
+    x = (b - b.mean()) / b.std()
+    rows = (x @ x.t() / 4096 - torch.eye(256)).abs().max()  # sequences against each other
+    shifted = (x[:, 1:] * x[:, :-1]).mean().abs()
+    assert rows < 0.1 and shifted < 0.01

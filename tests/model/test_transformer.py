@@ -1,0 +1,172 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+
+from model.attention import rope_frequencies, rotate
+from model.config import ModelConfig, RopeScaling
+from model.loss import IGNORE
+from model.random import sequence_keys
+from model.transformer import Transformer
+
+SMALL = dict(
+    dim=16, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=24, expert_dim=20, n_experts=5, moe_every=2, nope_every=4,
+    max_seq_len=64, attention_chunk=8, temperature_floor=4,
+)  # fmt: skip
+VOCAB = 40
+
+
+def make(**keys):
+    model = Transformer(ModelConfig(**{**SMALL, **keys}), VOCAB).double()
+    model.compute_dtype = torch.float64
+    model.init_weights(1)
+    return model
+
+
+def random_tokens(rows=2, length=30, seed=0):
+    return torch.randint(4, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_loss_is_the_sum_over_real_targets():
+    model, tokens = make(), random_tokens()
+    x, y = tokens[:, :-1], tokens[:, 1:].clone()
+    y[0, 5:] = IGNORE
+    want = F.cross_entropy(plain_logits(model, x, y), y.flatten(), reduction="sum")
+    torch.testing.assert_close(model(x, y).loss, want)
+
+
+def plain_logits(model, x, y):
+    """Logits as the loss sees them: places without a target meet no expert."""
+    caught = {}
+    hook = model.head.norm.register_forward_hook(lambda m, i, out: caught.update(hidden=out))
+    model(x, y)
+    hook.remove()
+    return (caught["hidden"] @ model.head.weight.t()).flatten(0, 1)
+
+
+@pytest.mark.parametrize("keys", [{}, {"attention_chunk": None}, {"nope_every": 0}, {"n_kv_heads": None}])
+def test_the_future_is_not_seen(keys):
+    model, tokens = make(moe_every=0, **keys), random_tokens()  # experts would group other rows: not bitwise
+    before = model(tokens).logits
+    changed = tokens.clone()
+    changed[:, 20:] = 5
+    after = model(changed).logits
+    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])
+
+
+def test_rope_layers_see_their_chunk_and_nope_layers_everything():
+    tokens = random_tokens()
+    changed = tokens.clone()
+    changed[:, 0] = 5
+    chunked = make(nope_every=0, moe_every=0)
+    same = (chunked(tokens).logits == chunked(changed).logits).all(-1)
+    assert same[:, 8:].all() and not same[:, :8].all()
+    whole = make(nope_every=4, moe_every=0)
+    assert not torch.equal(whole(tokens).logits[:, 8:], whole(changed).logits[:, 8:])
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 16, 17, 30])
+def test_chunks_equal_a_mask(length):
+    """Folded chunks against the same attention with a mask, at lengths around the border."""
+    model, tokens = make(), random_tokens(length=length)
+    one_document = torch.zeros_like(tokens)
+    positions = torch.arange(length)[None].expand(2, -1)
+    torch.testing.assert_close(model(tokens).logits, model(tokens, None, positions, one_document).logits)
+
+
+def test_documents_equal_each_story_alone():
+    model = make()
+    a, b = random_tokens(1, 19, seed=1), random_tokens(1, 12, seed=2)
+    packed = torch.cat([a, b], dim=1)
+    positions = torch.cat([torch.arange(19), torch.arange(12)])[None]
+    documents = torch.tensor([[0] * 19 + [1] * 12])
+    logits = model(packed, None, positions, documents).logits
+    torch.testing.assert_close(logits[:, :19], model(a).logits)
+    torch.testing.assert_close(logits[:, 19:], model(b).logits)
+    dense = make(moe_every=0)
+    changed = torch.cat([random_tokens(1, 19, seed=3), b], dim=1)
+    one, other = (dense(x, None, positions, documents).logits for x in (packed, changed))
+    assert torch.equal(one[:, 19:], other[:, 19:]) and not torch.equal(one[:, :19], other[:, :19])
+
+
+@pytest.mark.parametrize("first", [1, 7, 8, 9, 17])
+def test_cached_equals_uncached(first):
+    model, tokens = make().eval(), random_tokens()
+    caches = model.new_caches(2, 30)
+    parts = [model(tokens[:, :first], caches=caches).logits]
+    parts.append(model(tokens[:, first : first + 5], caches=caches).logits)
+    parts += [model(tokens[:, i : i + 1], caches=caches).logits for i in range(first + 5, 30)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits)
+
+
+def test_rope_turns_interleaved_pairs():
+    frequency = rope_frequencies(4, 10_000.0, None, torch.device("cpu"))
+    torch.testing.assert_close(frequency, torch.tensor([1.0, 0.01]))
+    x = torch.randn(1, 6, 1, 4, dtype=torch.float64)
+    angle = torch.arange(6)[None, :, None, None] * frequency.double()
+    turned = rotate(x, angle.cos(), angle.sin())
+    wanted = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(turned, torch.view_as_real(wanted).flatten(-2))
+
+
+def test_rope_scaling_stretches_long_wavelengths_only():
+    scaling = RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
+    plain = rope_frequencies(64, 10_000.0, None, torch.device("cpu"))
+    scaled = rope_frequencies(64, 10_000.0, scaling, torch.device("cpu"))
+    wavelength = 2 * torch.pi / plain
+    torch.testing.assert_close(scaled[wavelength < 16], plain[wavelength < 16])
+    torch.testing.assert_close(scaled[wavelength > 64], plain[wavelength > 64] / 8)
+    between = (wavelength > 16) & (wavelength < 64)
+    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
+
+
+def test_tied_head_is_one_parameter_with_both_gradients():
+    tied, tokens = make(tie_embeddings=True), random_tokens()
+    assert "head.weight" not in dict(tied.named_parameters())
+    untied = make()
+    state = {**tied.state_dict(), "head.weight": tied.embedding.weight.detach()}
+    untied.load_state_dict(state)
+    tied(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    untied(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+    torch.testing.assert_close(tied.embedding.weight.grad, untied.embedding.weight.grad + untied.head.weight.grad)
+
+
+def test_dropout_does_not_depend_on_the_micro_batch():
+    model, tokens = make(dropout=0.2), random_tokens(4)
+    keys = sequence_keys(0, 3, torch.arange(4))
+    whole = model(tokens, keys=keys).logits
+    parts = [model(tokens[i : i + 2], keys=keys[i : i + 2]).logits for i in (0, 2)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.allclose(model(tokens, keys=sequence_keys(0, 4, torch.arange(4))).logits, whole)
+    assert torch.equal(model(tokens).logits, make()(tokens).logits)
+
+
+def test_parameter_counts_are_those_of_the_model():
+    for keys in ({}, {"tie_embeddings": True}, {"shared_expert": False}, {"moe_every": 0}, {"moe_every": 1}):
+        model = make(**keys)
+        total, active = model.config.parameter_counts(VOCAB)
+        assert total == sum(p.numel() for p in model.parameters())
+        c = model.config
+        idle = len(c.moe_layers) * (c.n_experts - c.top_k) * 3 * c.dim * c.expert_dim
+        assert active == total - idle
+
+
+def test_weights_cast_where_they_are_used():
+    model = make().float()
+    model.compute_dtype = torch.bfloat16
+    out = model(random_tokens()[:, :-1], random_tokens()[:, 1:])
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "keys, names",
+    [
+        ({"n_heads": 3}, "n_heads=3"), ({"n_kv_heads": 3}, "n_kv_heads=3"), ({"head_dim": 5}, "head_dim=5"),
+        ({"top_k": 9}, "top_k=9"),
+    ],
+)  # fmt: skip
+def test_shapes_that_cannot_be_are_refused(keys, names):
+    with pytest.raises(ValidationError, match=names):
+        ModelConfig(**{**SMALL, **keys})

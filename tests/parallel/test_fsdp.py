@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parallel.mesh import MeshError, degrees
+from tests.parallel import cases
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}])
+def test_initial_weights_are_bitwise_the_same_at_any_world(pool, keys):
+    want = cases.initial_digest(**keys)
+    for world in (2, 3):
+        assert set(pool.run(world, "tests.parallel.cases:initial_digest", **keys)) == {want}
+    assert cases.initial_digest(**{**keys, "n_experts": 6}) != want
+
+
+CASES = [
+    (2, {}),
+    (3, {"tie_embeddings": True}),
+    (2, {"reduce": "every", "micro_batches": 1}),
+    (3, {"reduce": "every", "shared_expert": False}),
+    (4, {"replicate": 2}),
+    (4, {"replicate": 2, "reduce": "every", "moe_every": 1}),
+]
+
+
+@pytest.mark.parametrize("world, keys", CASES)
+def test_gradients_equal_those_of_one_process(pool, world, keys):
+    model_keys = {k: v for k, v in keys.items() if k != "replicate"}
+    want = cases.one_step(**model_keys)
+    for got in pool.run(world, "tests.parallel.cases:one_step", **keys):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert got["norm"] == pytest.approx(want["norm"], rel=1e-5)
+        for name, grad in want["grads"].items():
+            np.testing.assert_allclose(got["grads"][name], grad, rtol=0, atol=2e-6 * np.abs(grad).max(), err_msg=name)
+
+
+def test_norm_is_bitwise_the_same_on_all_ranks(pool):
+    assert len({got["norm"] for got in pool.run(3, "tests.parallel.cases:one_step")}) == 1
+
+
+def test_router_stays_fp32_under_bf16(pool):
+    want = dict(weight="torch.float32", scores="torch.float32", experts="torch.bfloat16", rows="torch.bfloat16")
+    for seen in pool.run(2, "tests.parallel.cases:router_dtypes"):
+        assert seen == {**want, "loss": "torch.float32", "grad": "torch.float32"}
+
+
+@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}])
+def test_gathered_weights_are_given_back(pool, keys):
+    for sharded, equal, trains in pool.run(2, "tests.parallel.cases:gathered_leaves_the_model_sharded", **keys):
+        assert sharded and equal and trains
+
+
+def test_degrees_that_do_not_fit_are_refused():
+    assert degrees(8, 2, "auto") == (2, 4) and degrees(6, 1, 6) == (1, 6)
+    with pytest.raises(MeshError, match="parallel.replicate=3: does not divide the 8 processes"):
+        degrees(8, 3, "auto")
+    with pytest.raises(MeshError, match="parallel.shard=3: .* leave 4"):
+        degrees(8, 2, 3)
+
+
+def test_gradient_is_that_of_the_mean_over_real_tokens():
+    """The one division, against the plain mean of cross-entropy in absolute numbers."""
+    model, _ = cases.build(moe_every=0)
+    tokens = torch.randint(0, cases.VOCAB, (6, 17), generator=torch.Generator().manual_seed(0))
+    targets = tokens[:, 1:].clone()
+    targets[0, 3:] = -100
+    plain = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), targets.flatten())
+    plain.backward()
+    got = cases.one_step(moe_every=0)
+    assert got["loss"] == pytest.approx(float(plain), rel=1e-6)
+    for name, p in model.named_parameters():
+        atol = 2e-6 * float(p.grad.abs().max())
+        np.testing.assert_allclose(got["grads"][name], p.grad.numpy(), rtol=0, atol=atol, err_msg=name)

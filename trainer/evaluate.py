@@ -1,0 +1,157 @@
+"""Validation loss over whole stories, one a row: the same at any number of ranks and whatever data.pack says.
+
+`python -m trainer.evaluate --checkpoint runs/tiny` prints one JSON object as the last line of stdout. Targets are all
+tokens after bos, eos included; what exceeds seq_len is cut and counted. Where the source knows its probabilities the
+corpus's true cross-entropy is the floor, and `excess` is what the model loses against it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.shards import Corpus, Split
+    from data.tokenizer import Tokenizer
+    from model.transformer import Transformer
+    from parallel.mesh import World
+    from trainer.config import Config
+
+
+def evaluate(
+    model: "Transformer",
+    corpus: "Corpus",
+    config: "Config",
+    batches: int | str,
+    world: "World",
+    split_name: str = "validation",
+) -> dict[str, Any]:
+    """The `eval` line: loss of `batches` (`all` or a number) times micro_batch_size stories, over all ranks.
+
+    Leaves training mode, biases and random numbers as they were.
+    """
+    import torch
+
+    from data.loader import Share, story_rows
+    from parallel.gradients import sum_over_ranks
+
+    seq_len, size = config.data.seq_len, config.train.micro_batch_size
+    split, tokenizer = corpus.split(split_name), corpus.tokenizer()
+    rows = story_rows(split, seq_len, tokenizer.bos, tokenizer.pad)
+    stories = len(rows) if batches == "all" else min(len(rows), int(batches) * size)
+    device = model.embedding.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for places in Share(stories, size, world.size).of(world.rank):
+                batch = rows.batch(list(places), [0] * len(places), trim=True).to(device)
+                output = model(batch.tokens, batch.targets)
+                assert output.loss is not None
+                total += output.loss.double()
+    finally:
+        model.train(was_training)
+    nats = float(sum_over_ranks(total)[0])
+    return {"split": split_name, **summary(split, stories, seq_len, nats)}
+
+
+def summary(split: "Split", stories: int, seq_len: int, nats: float) -> dict[str, Any]:
+    """What is known of the first `stories` of a split, whose loss sums to `nats`."""
+    tokens = cut = text_bytes = left = 0
+    log_prob: float | None = 0.0
+    left = stories
+    for number in range(len(split.shards)):
+        if left <= 0:
+            break
+        shard = split.shard(number)
+        count = min(left, len(shard.starts) - 1)
+        targets = shard.starts[1 : count + 1] - shard.starts[:count] - 1
+        tokens += int(targets.clip(max=seq_len).sum())
+        cut += int((targets - seq_len).clip(min=0).sum())
+        text_bytes += int(shard.text_bytes[:count].sum())
+        if shard.log_probs is None:
+            log_prob = None
+        elif log_prob is not None:
+            log_prob += float(shard.log_probs[:count].sum())
+        left -= count
+    loss = nats / max(1, tokens)
+    # of a story that was cut, the probability of the part that is left is not known
+    floor = None if log_prob is None or cut else -log_prob / max(1, tokens)
+    return {
+        "stories": stories,
+        "tokens": tokens,
+        "cut": cut,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": None if cut else nats / math.log(2) / max(1, text_bytes),
+        "floor": floor,
+        "excess": None if floor is None else loss - floor,
+    }
+
+
+def describe(line: dict[str, Any]) -> str:
+    """An `eval` line in words."""
+    text = f"{line['split']} loss {line['loss']:.4f} nats/token"
+    if line["floor"] is not None:
+        text += f", the corpus's true floor {line['floor']:.4f}, excess {line['excess']:.4f}"
+    if line["bits_per_byte"] is not None:
+        text += f", {line['bits_per_byte']:.3f} bits per byte"
+    return text + f" ({line['stories']} stories, {line['cut']} tokens cut)"
+
+
+def load_model(path: Path, device: "torch.device | None" = None) -> tuple["Transformer", "Tokenizer", "Config"]:
+    """The model of a checkpoint (or of a run's newest) on one device, its tokenizer and its run's config."""
+    import torch
+
+    from data.config import check
+    from data.tokenizer import Tokenizer
+    from parallel import fsdp
+    from trainer import checkpoint as checkpoints
+    from trainer.config import SECTION_TYPES, Config
+
+    checkpoint = checkpoints.find(path)
+    manifest = checkpoints.read_manifest(checkpoint)
+    config = Config(**{name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()})
+    tokenizer = Tokenizer(checkpoint / checkpoints.TOKENIZER)
+    device = device or torch.device("cpu")
+    model = fsdp.build(config.model, manifest["vocab_size"], config.train.seed, device, torch.float32, None)
+    checkpoints.load(checkpoint, model)
+    print(f"{checkpoint}: step {manifest['step']}", file=sys.stderr)
+    return model, tokenizer, config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    parser.add_argument("--data", help="folder of a prepared corpus (default: the run's)")
+    parser.add_argument("--split", default="validation", choices=["validation", "train"])
+    parser.add_argument("--batches", default="all", help="all, or a number of micro_batch_size stories each")
+    args = parser.parse_args(argv)
+    from data.config import UserError
+    from data.shards import Corpus
+    from parallel.mesh import World
+    from trainer.machine import set_threads
+
+    if args.batches != "all" and not (args.batches.isdigit() and int(args.batches) > 0):
+        raise UserError(f"--batches {args.batches}: give all, or a number from 1")
+    set_threads("auto", World())
+    model, tokenizer, config = load_model(args.checkpoint)
+    corpus = Corpus.open(args.data or config.data.dir)
+    if corpus.tokenizer().hash != tokenizer.hash:
+        raise UserError(f"--data {corpus.folder}: made with another tokenizer than the checkpoint's; prepare it with that")
+    line = evaluate(model, corpus, config, args.batches, World(), args.split)
+    print(describe(line), file=sys.stderr)
+    print(json.dumps(line))
+    return 0
+
+
+if __name__ == "__main__":
+    from trainer.main import guarded
+
+    sys.exit(guarded(main))

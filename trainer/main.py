@@ -1,0 +1,64 @@
+"""The command that trains: reads the settings, answers what needs no torch, and hands over to the loop.
+
+    torchrun --nproc_per_node=2 -m trainer.main --config launch/tiny.yaml [section.key=value ...]
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data.config import UserError, help_text
+from trainer.config import SECTION_TYPES, read_config
+
+VERSION = "0.1.0"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m trainer.main",
+        description="Train a Llama-4-style mixture of experts. Run it again to resume.",
+        epilog="settings (section.key=default):\n" + help_text(SECTION_TYPES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="a YAML file, such as launch/tiny.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and the memory it needs")
+    parser.add_argument("--list", action="store_true", help="print the runs in run.dir and end")
+    parser.add_argument("--version", action="version", version=f"scout-trainer {VERSION}")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="over the file; the last one wins")
+    args = parser.parse_intermixed_args(argv)
+    if args.list:
+        from trainer.config import RunConfig
+        from trainer.report import list_runs
+
+        folders = [word.partition("=")[2] for word in args.settings if word.startswith("run.dir=")]
+        print(list_runs(Path(folders[-1] if folders else RunConfig().dir)))
+        return 0
+    config = read_config(args.config, args.settings)
+    if args.dry_run:
+        from trainer.dryrun import print_plan
+
+        print_plan(config)
+        return 0
+    from trainer.loop import train
+
+    return train(config)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130."""
+    try:
+        return command()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

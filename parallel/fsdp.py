@@ -1,8 +1,8 @@
 """One model -> many processes with FSDP2, from outside the model.
 
-Built on the meta device, sharded, then filled in place: no process ever holds the whole. Units: each router (fp32
-whatever the dtype, or near ties would flip), each block, the head, and the root with the embedding. Gradients are
-plain sums over the ranks, since the loss is already divided by the global count of tokens.
+Built on the meta device, sharded, then filled in place: no process ever holds the whole. Units: each block, the head,
+the root with the embedding, and under bf16 each router, which stays fp32 or near ties would flip. Gradients are plain
+sums over the ranks, since the loss is already divided by the global count of tokens.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.random import Window
 from model.transformer import Transformer
+
+SMALL = 1 << 26  # bytes: weights of a model so small stay gathered from forward to backward
 
 
 def build(
@@ -38,16 +40,21 @@ def build(
 def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = _reshards(model)
     for block in model.blocks:
         feed_forward = block.feed_forward
-        if isinstance(feed_forward, MoE):
-            fully_shard(feed_forward.router, mesh=mesh, mp_policy=exact)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model.head, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        if isinstance(feed_forward, MoE) and dtype != torch.float32:
+            fully_shard(feed_forward.router, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _reshards(model: nn.Module) -> bool:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) > SMALL
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:
@@ -80,6 +87,7 @@ def reduce_gradients(model: Transformer, now: bool) -> None:
 @contextmanager
 def gathered(model: Transformer) -> Iterator[None]:
     """Keep all weights gathered over many forwards, as generation wants them, instead of once for each token."""
+    reshard = _reshards(model)
     for module in _units(model):
         module.set_reshard_after_forward(False, recurse=False)
     try:
@@ -87,4 +95,4 @@ def gathered(model: Transformer) -> Iterator[None]:
     finally:
         for module in _units(model):
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_forward(reshard and module not in (model, model.head), recurse=False)

@@ -6,11 +6,14 @@ It is written under another name, flushed, and renamed when all ranks are done: 
 No pickle is written or read.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,8 @@ def save(
         partial.mkdir(parents=True)
     _barrier()
     writer = HuggingFaceStorageWriter(path=str(partial), save_distributed=True)
-    dcp.save(tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        dcp.save(tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
     if first:
         shutil.copyfile(tokenizer, partial / TOKENIZER)
         (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, **manifest}, indent=1))
@@ -113,7 +117,8 @@ def load(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer 
             if there is None or tuple(there) != tuple(tensor.shape):
                 shape = None if there is None else tuple(there)
                 raise UserError(f"{checkpoint}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not dist.is_initialized())
+        with _alone_is_fine():
+            dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
     except UserError:
         raise
     except Exception as error:  # safetensors and dcp raise many kinds for a damaged file
@@ -123,13 +128,19 @@ def load(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer 
 
 def digest(model: Transformer) -> str:
     """sha256 over all weights, for comparing runs bit by bit. Gathers one weight at a time."""
-    import hashlib
-
     total = hashlib.sha256()
     for name, tensor in tensors(model).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         total.update(name.encode() + whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """dcp warns whenever there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _rank() -> int:

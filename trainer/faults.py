@@ -6,12 +6,20 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by the first SIGINT, SIGTERM or SIGUSR1; the ranks agree on it at the end of the step. A second one ends."""
+    """Set by the first SIGINT, SIGTERM or SIGUSR1; the ranks agree on it at the end of the step. A second one ends.
 
-    def __init__(self) -> None:
+    A context: the handlers of before come back when it is left.
+    """
+
+    def __enter__(self) -> "StopFlag":
         self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._handle)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

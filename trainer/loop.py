@@ -73,23 +73,22 @@ def train(config: Config) -> int:
             print(f"{config.run.folder}: finished at step {done}; set run.name= for another run, train.steps= to go on")
         return 0
     dtype = machine.choose_dtype(config.train.dtype, device)
-    stop = StopFlag()
     mesh.connect(world, device, config.run.timeout)
+    report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
     try:
         layout = mesh.make_mesh(world, device, config.parallel.replicate, config.parallel.shard)
         model = fsdp.build(config.model, tokenizer.vocab_size, config.train.seed, device, dtype, layout)
-        report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
-        run = Run(
-            config, world, device, dtype, corpus, tokenizer, loader, steps, model,
-            make_optimizer(model, config.train), report, stop,
-        )  # fmt: skip
-        begin(run, newest, threads)
-        try:
-            return loop(run)
-        finally:
-            report.close()
+        optimizer = make_optimizer(model, config.train)
+        with StopFlag() as stop:
+            run = Run(
+                config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer, report, stop
+            )  # fmt: skip
+            begin(run, newest, threads)
+            loop(run)
     finally:
+        report.close()
         mesh.disconnect()
+    return 0
 
 
 def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Corpus, Tokenizer, Loader, int]:
@@ -181,7 +180,7 @@ def begin(run: Run, newest: Path | None, threads: int) -> None:
     run.report.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
 
 
-def loop(run: Run) -> int:
+def loop(run: Run) -> None:
     """Train until the last step, stop_at, or a signal."""
     config, last = run.config, min(run.steps, run.config.train.stop_at or run.steps)
     saved = run.step
@@ -218,9 +217,8 @@ def loop(run: Run) -> int:
         run.report.event(run.step, "stopped")
         run.report.close()
         run.report.say(f"stopped at step {run.step} of {run.steps}, saved at {saved}; to resume: {command()}")
-        return 0
-    finish(run)
-    return 0
+    else:
+        finish(run)
 
 
 def timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:

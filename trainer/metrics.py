@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl (the truth), the terminal, and wandb. Rank 0 alone has one that speaks."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -98,8 +99,9 @@ class Reporter:
         """A line in the file, the same to wandb."""
         if not self.speaks:
             return
-        self.file.write({"kind": kind, "step": step, **fields})
-        if self._wandb is not None and kind != "event":
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self.file.write({"kind": kind, "step": step, **finite})  # JSON has no NaN
+        if self._wandb is not None and (kind == "eval" or (kind == "train" and step % self.config.every == 0)):
             numbers = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
             self._wandb.log({"step": step, **numbers})
 

@@ -1,0 +1,197 @@
+"""Whole runs: the same at any number of processes, and as if never stopped when resumed."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from data.config import UserError
+from tests.trainer import cases
+from trainer.checkpoint import complete, read_manifest
+from trainer.metrics import read_lines
+
+RUN = "tests.trainer.cases:run_words"
+
+
+@pytest.fixture(scope="module")
+def plain(corpus_dir, tmp_path_factory):
+    """20 steps on one process, with dropout."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert cases.run(corpus_dir, runs, "run.name=plain", "model.dropout=0.1", "checkpoint.every=7") == 0
+    return runs / "plain"
+
+
+@pytest.mark.parametrize("world, words", [(2, []), (3, []), (2, ["train.micro_batch_size=1", "train.reduce=every"])])
+def test_losses_agree_at_any_number_of_processes(pool, corpus_dir, plain, tmp_path, world, words):
+    words = ["run.name=many", "model.dropout=0.1", *words]
+    pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), words=words)
+    np.testing.assert_allclose(cases.losses(tmp_path / "many"), cases.losses(plain), rtol=1e-5)
+
+
+def test_the_loss_falls_and_is_written(plain):
+    losses = cases.losses(plain)
+    assert len(losses) == 20 and np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
+    line = read_lines(plain / "metrics.jsonl")[5]
+    for key in ("kind", "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "expert_load_max"):
+        assert key in line
+    tokens = [x["tokens"] for x in read_lines(plain / "metrics.jsonl") if x["kind"] == "train"]
+    assert 6 * 32 * 20 * 0.95 < tokens[-1] <= 6 * 32 * 20
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resumed_runs_end_as_if_never_stopped(pool, corpus_dir, plain, tmp_path, world):
+    """Ended at 7 and at 13 and started again: the same losses to the last digit, and bitwise the same weights."""
+
+    def go(name, *words):
+        words = [f"run.name={name}", "model.dropout=0.1", "checkpoint.every=100", *words]
+        if world == 1:
+            assert cases.run(corpus_dir, tmp_path, *words) == 0
+        else:
+            pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), words=words)
+
+    go("parts", "train.stop_at=7")
+    go("parts", "train.stop_at=13")
+    assert [p.name for p in complete(tmp_path / "parts" / "checkpoints")] == ["step-00000007", "step-00000013"]
+    go("parts")
+    go("whole")
+    assert cases.losses(tmp_path / "parts") == cases.losses(tmp_path / "whole")
+    assert cases.last_digest(tmp_path / "parts") == cases.last_digest(tmp_path / "whole")
+    tokens = [[x["tokens"] for x in read_lines(tmp_path / n / "metrics.jsonl") if "tokens" in x] for n in ("parts", "whole")]
+    assert tokens[0] == tokens[1]
+    if world == 1:
+        assert cases.last_digest(plain) == cases.last_digest(tmp_path / "whole")
+
+
+def test_resume_at_another_number_of_processes(pool, corpus_dir, plain, tmp_path):
+    words = ["run.name=move", "model.dropout=0.1"]
+    for world, stop in ((3, 7), (2, 13)):
+        pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), words=[*words, f"train.stop_at={stop}"])
+    assert cases.run(corpus_dir, tmp_path, *words) == 0
+    np.testing.assert_allclose(cases.losses(tmp_path / "move"), cases.losses(plain), rtol=1e-5)
+
+
+def test_evaluation_changes_nothing_and_is_the_same_at_any_world(pool, corpus_dir, plain, tmp_path):
+    words = ["run.name=eval", "model.dropout=0.1", "eval.every=5", "eval.batches=all", "eval.final=all"]
+    words += ["sample.every=5", "data.seq_len=32"]
+    assert cases.run(corpus_dir, tmp_path / "1", *words) == 0
+    assert cases.losses(tmp_path / "1" / "eval") == cases.losses(plain)
+    assert cases.last_digest(tmp_path / "1" / "eval") == cases.last_digest(plain)
+    pool.run(3, RUN, corpus=str(corpus_dir), runs=str(tmp_path / "3"), words=words)
+    one, three = (
+        [x for x in read_lines(tmp_path / w / "eval" / "metrics.jsonl") if x["kind"] == "eval"] for w in "13"
+    )
+    assert [x["step"] for x in one] == [5, 10, 15, 20]
+    for a, b in zip(one, three, strict=True):
+        assert a["stories"] == b["stories"] and a["tokens"] == b["tokens"] and a["cut"] == b["cut"] > 0
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert (tmp_path / "1" / "eval" / "samples" / "step-00000005.txt").read_text().startswith("Once upon a time")
+
+
+def test_starting_again_says_what_it_does(corpus_dir, plain, tmp_path, capsys):
+    shutil.copytree(plain, tmp_path / "again")
+    words = ["run.name=again", "model.dropout=0.1", "checkpoint.every=7"]
+    assert cases.run(corpus_dir, tmp_path, *words) == 0
+    out = capsys.readouterr().out
+    assert "finished at step 20" in out and "run.name=" in out and "train.steps=" in out
+    assert cases.run(corpus_dir, tmp_path, *words, "train.steps=22", "train.clip=0.5") == 0
+    out = capsys.readouterr().out
+    assert "train.steps: 20 -> 22" in out and "train.clip: 1.0 -> 0.5" in out and "learning rate" in out
+    assert "resumed from step 20" in out
+    assert len(cases.losses(tmp_path / "again")) == 22
+
+
+def test_a_torn_line_and_lines_beyond_the_checkpoint_are_cut(corpus_dir, plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn" / "checkpoints" / "step-00000020")
+    with open(tmp_path / "torn" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    assert cases.run(corpus_dir, tmp_path, "run.name=torn", "model.dropout=0.1", "checkpoint.every=7") == 0
+    assert cases.losses(tmp_path / "torn") == cases.losses(plain)
+
+
+def test_a_checkpoint_half_written_is_passed_over(corpus_dir, plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "half")
+    folder = tmp_path / "half" / "checkpoints"
+    (folder / "step-00000020").rename(folder / ".partial-step-00000020")
+    (folder / ".partial-step-00000020" / "manifest.json").unlink()
+    (folder / "notes of mine").mkdir()
+    assert cases.run(corpus_dir, tmp_path, "run.name=half", "model.dropout=0.1", "checkpoint.every=7") == 0
+    assert cases.last_digest(tmp_path / "half") == cases.last_digest(plain)
+    assert (folder / "notes of mine").is_dir()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["model.dim=32"], r"made with another model \(model.dim: 16 -> 32\); choose another run.name="),
+        (["train.global_batch_size=100000"], "train.global_batch_size=100000: the corpus holds"),
+        (["data.vocab_size=400"], "data.vocab_size"),
+        (["data.dir=nowhere"], "data.prepare"),
+        (["parallel.shard=3"], "parallel.shard=3: 1 processes"),
+        (["run.device=cuda"], "run.device=cuda: 1 processes here, but 0 CUDA devices"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(corpus_dir, plain, tmp_path, words, message):
+    shutil.copytree(plain, tmp_path / "same")
+    before = {p: p.read_bytes() for p in (tmp_path / "same").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=message) as error:
+        cases.run(corpus_dir, tmp_path, "run.name=same", "model.dropout=0.1", *words)
+    assert "\n" not in str(error.value)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "same").rglob("*") if p.is_file()}
+
+
+def test_a_damaged_checkpoint_is_named(corpus_dir, plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "bad")
+    newest = complete(tmp_path / "bad" / "checkpoints")[-1]
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(UserError, match="step-00000020: cannot be read"):
+        cases.run(corpus_dir, tmp_path, "run.name=bad", "model.dropout=0.1", "train.steps=30")
+
+
+def test_checkpoints_hold_logical_shapes_and_no_pickle(pool, corpus_dir, tmp_path):
+    from safetensors import safe_open
+
+    words = ["run.name=c", "train.steps=4", "checkpoint.every=1", "checkpoint.keep=2"]
+    pool.run(3, RUN, corpus=str(corpus_dir), runs=str(tmp_path), words=words)
+    found = complete(tmp_path / "c" / "checkpoints")
+    assert [p.name for p in found] == ["step-00000003", "step-00000004"]
+    assert {p.suffix for p in found[-1].iterdir()} == {".safetensors", ".json", ".model"}
+    manifest = read_manifest(found[-1])
+    assert manifest["world"] == 3 and manifest["config"]["model"]["n_experts"] == 5
+    rows = 0
+    for path in found[-1].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if "optim.exp_avg.blocks.0.feed_forward.experts.down" in file.keys():  # noqa: SIM118
+                rows += file.get_slice("optim.exp_avg.blocks.0.feed_forward.experts.down").get_shape()[0]
+    assert rows == 5
+
+
+def test_steps_without_a_finite_loss_move_nothing_and_end_the_run(corpus_dir, tmp_path, monkeypatch):
+    from model import transformer
+
+    plain_loss = transformer.linear_cross_entropy
+    calls = []
+
+    def poisoned(hidden, weight, targets):
+        calls.append(1)
+        return plain_loss(hidden, weight, targets) * (float("nan") if 10 <= len(calls) <= 12 else 1.0)
+
+    monkeypatch.setattr(transformer, "linear_cross_entropy", poisoned)
+    words = ["train.steps=6", "train.max_skipped=3", "checkpoint.every=1", "checkpoint.keep=9"]
+    assert cases.run(corpus_dir, tmp_path, "run.name=nan", *words) == 0  # 3 micro-batches: all of step 4
+    assert "NaN" not in (tmp_path / "nan" / "metrics.jsonl").read_text()  # which is no JSON
+    lines = read_lines(tmp_path / "nan" / "metrics.jsonl")
+    assert [x["step"] for x in lines if x.get("event") == "skipped"] == [4]
+    assert [x["step"] for x in lines if x["kind"] == "train" and x["loss"] is None] == [4]
+    digests = [cases.digest(load(p)) for p in complete(tmp_path / "nan" / "checkpoints")]
+    assert digests[2] == digests[3] != digests[4]
+    with pytest.raises(UserError, match="train.max_skipped=1"):
+        calls.clear()
+        cases.run(corpus_dir, tmp_path, "run.name=nan2", "train.max_skipped=1")
+
+
+def load(path):
+    from trainer.evaluate import load_model
+
+    return load_model(path)[0]

@@ -41,7 +41,7 @@ class DataConfig(Section):
     stories: int = Field(40_000, ge=1, description="number of stories that the storybook writes")
     dir: str = Field("corpus/storybook", description="folder of the prepared corpus")
     tokenizer: str = Field("train", description="`train`, or the path of a sentencepiece model")
-    vocab_size: int = Field(32_000, ge=261, le=1 << 24, description="vocabulary of the tokenizer to train")
+    vocab_size: int = Field(1024, ge=261, le=1 << 24, description="vocabulary of the tokenizer to train")
     seq_len: int = Field(1024, ge=1, description="tokens a row (S)")
     pack: bool = Field(True, description="fill rows with stories end to end; false: one story a row, cut or padded")
     mask_documents: bool = Field(False, description="attend within a story only; positions restart at each story")
@@ -86,16 +86,19 @@ def load_file(path: str | Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1  # type: ignore[attr-defined]
-        raise ConfigError(f"{path}, line {line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}, line {line}: not YAML: {problem}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a map of sections ({', '.join(SECTIONS)})")
+    sections = {}
     for name, keys in content.items():
-        _known(name, SECTIONS, name, f"{path}: ")
+        _known(str(name), SECTIONS, str(name), f"{path}: ")
         if keys is not None and not isinstance(keys, dict):
             raise ConfigError(f"{path}: {name}: not a map of keys")
-    return {name: keys or {} for name, keys in content.items()}
+        sections[name] = {str(key): value for key, value in (keys or {}).items()}
+    return sections
 
 
 def parse_word(word: str) -> tuple[list[str], Any]:
@@ -157,7 +160,8 @@ def _one_line(section: type[BaseModel], name: str, values: Mapping[str, Any], er
     field = where[0]
     same = [e for e in error.errors() if str(e["loc"][0]) == field]
     wants = " or ".join(dict.fromkeys(_clean(e["msg"]) for e in same))
-    return f"{name}.{field}={values.get(field)}: {wants}"
+    value = values.get(field)
+    return f"{name}.{field}={'null' if value is None else value}: {wants}"
 
 
 def _clean(message: str) -> str:

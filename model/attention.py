@@ -121,8 +121,10 @@ class Attention(nn.Module):
             return self._fused(q, k, v, causal=True)
         # chunks become rows of the batch; the filler at the end is behind every real query
         filler = -length % chunk
-        q, k, v = (F.pad(t, (0, 0, 0, filler)).unflatten(2, (-1, chunk)).transpose(1, 2) for t in (q, k, v))
-        out = self._fused(*(t.flatten(0, 1) for t in (q, k, v)), causal=True)
+        q, k, v = (
+            F.pad(t, (0, 0, 0, filler)).unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)
+        )
+        out = self._fused(q, k, v, causal=True)
         out = out.unflatten(0, (-1, (length + filler) // chunk)).transpose(1, 2).flatten(2, 3)
         return out[:, :, :length]
 

@@ -50,8 +50,9 @@ class Router(nn.Module):
         scores = logits.gather(1, experts).sigmoid()
         n_experts = self.weight.shape[0]
         experts = experts.masked_fill(~real[:, None], n_experts)
-        loads = torch.bincount(experts.flatten(), minlength=n_experts + 1)[:n_experts]
-        return scores, experts, loads
+        loads = torch.zeros(n_experts + 1, dtype=torch.int64, device=x.device)  # bincount would wait for the device
+        loads.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
+        return scores, experts, loads[:n_experts]
 
 
 class Experts(nn.Module):
@@ -64,19 +65,24 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(n, hidden, dim))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (R, D) in the order of their experts, counts (E,) -> (R, D)."""
+        """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`."""
         gate, up = grouped_product(rows, self.gate_up, counts).chunk(2, dim=-1)
         return grouped_product(F.silu(gate) * up, self.down, counts)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """rows (R, K) in the order of their groups, weight (G, K, N), counts (G,) that sum to R -> (R, N)."""
+    """rows (R, K) in the order of their groups, weight (G, K, N), counts (G,) -> (R, N).
+
+    Rows beyond the sum of counts are nobody's: what comes out for them is undefined, and costs nothing.
+    """
     weight = weight.to(rows.dtype)
     if can_group(rows.dtype, rows.device, weight.shape):
         offsets = counts.cumsum(0).to(torch.int32)
         return _ContiguousGradient.apply(F.grouped_mm(rows.contiguous(), weight, offs=offsets))
-    parts = [part @ w for part, w in zip(rows.split(counts.tolist()), weight.unbind(0), strict=True)]
-    return torch.cat(parts)
+    sizes = counts.tolist()
+    nobodys = rows.shape[0] - sum(sizes)
+    parts = [part @ w for part, w in zip(rows.split([*sizes, nobodys]), weight.unbind(0), strict=False)]
+    return torch.cat([*parts, rows.new_zeros(nobodys, weight.shape[2])])
 
 
 def can_group(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> bool:
@@ -100,31 +106,40 @@ class _ContiguousGradient(torch.autograd.Function):
         return grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)  # strides of empty ones count too
 
 
-class _Take(torch.autograd.Function):
-    """out[i] = x[index[i]], zero where index[i] is len(x); the gradient is taken the same way by `inverse`.
+class _Send(torch.autograd.Function):
+    """tokens (T, D) -> a row for each choice, in the order of experts; nothing comes back for rows that are nobody's.
 
-    `inverse` (len(x) * fan_out,) lists for each row of x the rows of out made from it (len(out): none), so that
-    neither direction adds into shared rows: exact, and deterministic on a GPU.
+    The gradient is a gather by the inverse order, as everywhere here: nothing is added into shared rows, so it is
+    exact, and deterministic on a GPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, fan_out: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.fan_out = fan_out
-        return _take(x, index)
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, count: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse, count)
+        ctx.top_k = top_k
+        return tokens.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad = _home(grad, *ctx.saved_tensors)
+        return (grad if ctx.top_k == 1 else grad.unflatten(0, (-1, ctx.top_k)).sum(1)), None, None, None, None
+
+
+class _Return(torch.autograd.Function):
+    """Rows in the order of experts -> (T K, D) in the order of choices, zero for choices that nobody served."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return _home(rows, inverse, count)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        back = _take(grad, inverse)
-        return (back if ctx.fan_out == 1 else back.unflatten(0, (-1, ctx.fan_out)).sum(1)), None, None, None
+        return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_zeros(index.shape[0], x.shape[1])
-    out = x.index_select(0, index.clamp(max=x.shape[0] - 1))
-    return out.masked_fill_((index == x.shape[0])[:, None], 0)
+def _home(rows: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
+    return rows.index_select(0, inverse).masked_fill_((inverse >= count)[:, None], 0)
 
 
 class MoE(nn.Module):
@@ -145,15 +160,13 @@ class MoE(nn.Module):
         """x (B, S, D), real (B, S) bool -> (B, S, D), loads (E,)."""
         tokens = x.flatten(0, 1)  # (T, D)
         scores, experts, loads = self.router(tokens, real.flatten())
-        top_k, flat = experts.shape[1], experts.flatten()
-        order = torch.argsort(flat, stable=True)  # real choices first, by expert
+        top_k, count = experts.shape[1], loads.sum()  # the count stays on the device: nobody waits for it
+        order = torch.argsort(experts.flatten(), stable=True)  # choices by expert, those of no expert last
         inverse = torch.argsort(order)  # where each choice went
-        rows = int(loads.sum())
-        order, inverse = order[:rows], inverse.clamp(max=rows)
-        sent = _Take.apply(tokens, order // top_k, inverse, top_k)
-        sent = sent * _Take.apply(scores.view(-1, 1), order, inverse, 1).to(x.dtype)
+        sent = _Send.apply(tokens, order, inverse, count, top_k)
+        sent = sent * _Send.apply(scores.view(-1, 1), order, inverse, count, 1).to(x.dtype)
         done = (self.exchange or self.experts)(sent, loads)
-        home = _Take.apply(done, inverse, order, 1)  # (T K, D)
+        home = _Return.apply(done, order, inverse, count)  # (T K, D)
         out = home if top_k == 1 else home.unflatten(0, (-1, top_k)).sum(1)
         if self.shared is not None:
             out = out + self.shared(tokens)

@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer, config = load_model(args.checkpoint)
     corpus = Corpus.open(args.data or config.data.dir)
     if corpus.tokenizer().hash != tokenizer.hash:
-        raise UserError(f"--data {corpus.folder}: made with another tokenizer than the checkpoint's; prepare it with that")
+        raise UserError(f"--data {corpus.folder}: its tokenizer is not the checkpoint's; prepare it with that")
     line = evaluate(model, corpus, config, args.batches, World(), args.split)
     print(describe(line), file=sys.stderr)
     print(json.dumps(line))

@@ -317,10 +317,11 @@ def run_evaluation(run: Run, batches: int | str) -> None:
 
 def run_samples(run: Run) -> list[str]:
     """A story for each prompt, by all ranks alike; rank 0 writes them to samples/."""
-    config = run.config.sample
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=run.config.train.seed)
+    config, stories = run.config.sample, []
     with fsdp.gathered(run.model):
-        stories = [p + "".join(text_of(run.model, run.tokenizer, p, sampling)) for p in config.prompts]
+        for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
+            sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=seed)
+            stories.append(prompt + "".join(text_of(run.model, run.tokenizer, prompt, sampling)))
     if run.world.rank == 0:
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
@@ -359,13 +360,13 @@ def finish(run: Run) -> None:
     from trainer.report import plot_loss
 
     print(f"loss picture: {plot_loss(run.folder)}")
-    for story in stories:
-        print(f"\n{story}\n")
+    print(f"\n{stories[0]}\n")
     if run.config.data.source == "storybook":
         from data.storybook import derivable_sentences
 
         counts = [derivable_sentences(story) for story in stories]
-        print(f"{sum(a for a, _ in counts)} of {sum(b for _, b in counts)} sentences are ones the storybook could tell")
+        told, all_of_them = (sum(column) for column in zip(*counts, strict=True))
+        print(f"{told} of {all_of_them} sentences in {len(stories)} stories are ones the storybook could tell")
     print(
         f"generate:  python -m trainer.generate --checkpoint {run.folder} --prompt \"Once upon a time\"\n"
         f"evaluate:  python -m trainer.evaluate --checkpoint {run.folder}\n"

@@ -8,6 +8,7 @@ from data.config import UserError
 from data.loader import IGNORE, Loader, Order, Rows, Share
 from data.shards import Corpus
 
+
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 5))
 def test_an_epoch_visits_each_row_once(n, seed, epoch):

@@ -114,6 +114,16 @@ def test_grouped_product_with_empty_groups(counts, dtype):
     assert weight.grad.shape == weight.shape and rows.grad.shape == rows.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_nobodys_reach_no_weight(dtype):
+    rows, weight = torch.randn(6, 8, dtype=dtype, requires_grad=True), torch.randn(2, 8, 16, dtype=dtype)
+    weight.requires_grad_()
+    out = grouped_product(rows, weight, torch.tensor([1, 3]))
+    out.backward(torch.full_like(out, float("nan")).index_fill(0, torch.arange(4), 1.0))
+    assert weight.grad.isfinite().all() and rows.grad[:4].isfinite().all()
+    torch.testing.assert_close(out[:4], torch.cat([rows[:1] @ weight[0], rows[1:4] @ weight[1]]))
+
+
 def test_odd_widths_take_the_loop():
     assert can_group(torch.float32, torch.device("cpu"), torch.Size((3, 8, 16)))
     assert not can_group(torch.float32, torch.device("cpu"), torch.Size((3, 5, 16)))

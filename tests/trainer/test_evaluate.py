@@ -1,0 +1,73 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import Corpus
+from data.storybook import log_prob
+from parallel.mesh import World
+from tests.trainer import cases
+from trainer.evaluate import evaluate, load_model, main
+
+
+@pytest.fixture(scope="module")
+def run(corpus_dir, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    cases.run(corpus_dir, runs, "run.name=made", "train.steps=8", "data.seq_len=512")
+    return runs / "made"
+
+
+def test_equals_a_loop_over_stories(run, corpus_dir):
+    """Loss, bits per byte and floor from the text of each story alone."""
+    model, tokenizer, config = load_model(run)
+    corpus = Corpus.open(corpus_dir)
+    line = evaluate(model, corpus, config, "all", World())
+    split = corpus.split("validation")
+    nats = tokens = size = 0
+    log_probs = []
+    model.eval()
+    for number in range(len(split.shards)):
+        shard = split.shard(number)
+        for a, b in zip(shard.starts, shard.starts[1:], strict=False):
+            ids = torch.from_numpy(shard.tokens[a:b].astype(np.int64))[None]
+            nats += model(ids[:, :-1], ids[:, 1:]).loss.item()
+            text = tokenizer.decode(ids[0].tolist())
+            tokens, size = tokens + ids.shape[1] - 1, size + len(text.encode())
+            log_probs.append(log_prob(text))
+    assert line["stories"] == len(log_probs) and line["tokens"] == tokens and line["cut"] == 0
+    assert line["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert line["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert line["floor"] == pytest.approx(-sum(log_probs) / tokens, rel=1e-9)
+    assert line["excess"] == pytest.approx(line["loss"] - line["floor"])
+    assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+
+
+def test_what_is_cut_is_counted_and_has_no_floor(run, corpus_dir):
+    model, _, config = load_model(run)
+    whole = evaluate(model, Corpus.open(corpus_dir), config, "all", World())
+    short = cases.config(corpus_dir, run.parent, "data.seq_len=40")
+    cut = evaluate(model, Corpus.open(corpus_dir), short, "all", World())
+    assert cut["cut"] == whole["tokens"] - cut["tokens"] > 0
+    assert cut["floor"] is None and cut["excess"] is None and cut["bits_per_byte"] is None
+    some = evaluate(model, Corpus.open(corpus_dir), short, 3, World())
+    assert some["stories"] == 3 * short.train.micro_batch_size
+
+
+def test_the_command_ends_with_one_json_object(run, capsys):
+    assert main(["--checkpoint", str(run)]) == 0
+    captured = capsys.readouterr()
+    line = json.loads(captured.out.splitlines()[-1])
+    assert line["split"] == "validation" and line["excess"] > 0
+    assert main(["--checkpoint", str(run), "--split", "train", "--batches", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stories"] == 4
+
+
+def test_training_mode_is_restored_after_an_error(run, corpus_dir, monkeypatch):
+    model, _, config = load_model(run)
+    model.train()
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, Corpus.open(corpus_dir), config, 1, World())
+    assert model.training

@@ -1,0 +1,149 @@
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import UserError
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.trainer import cases
+from trainer.evaluate import load_model
+from trainer.generate import Sampling, choose, generate, main, text_of
+
+
+@pytest.fixture(scope="module")
+def run(corpus_dir, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    cases.run(corpus_dir, runs, "run.name=made", "train.steps=3")
+    return runs / "made"
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_model(run)
+
+
+class Bytes:
+    """A tokenizer of bytes, so that any model speaks broken characters."""
+
+    bos, eos, pad, unk = 1, 2, 0, 3
+
+    def encode(self, text):
+        return [4 + b for b in text.encode()]
+
+
+def byte_model(**keys):
+    model = Transformer(ModelConfig(dim=16, n_layers=2, n_heads=2, expert_dim=16, n_experts=3, **keys), 260)
+    model.init_weights(5)
+    return model
+
+
+def test_greedy_equals_the_whole_forward_each_time():
+    model, tokenizer = byte_model(attention_chunk=8, max_seq_len=64, temperature_floor=4).eval(), Bytes()
+    got = list(generate(model, tokenizer, "Tom ran", Sampling(max_new_tokens=30, temperature=0)))
+    ids = [1, *tokenizer.encode("Tom ran")]
+    for token in got:
+        logits = model(torch.tensor([ids])).logits[0, -1]
+        logits[[0, 1, 3]] = -torch.inf
+        assert token == int(logits.argmax())
+        ids.append(token)
+    assert len(got) == 30 or int(model(torch.tensor([ids])).logits[0, -1].argmax()) == 2
+
+
+def test_seed_decides_and_training_mode_stays():
+    model, tokenizer = byte_model(), Bytes()
+    model.train()
+    one, same, other = (list(generate(model, tokenizer, "a", Sampling(20, seed=s))) for s in (1, 1, 2))
+    assert one == same != other
+    assert model.training
+    model.eval()
+    list(generate(model, tokenizer, "a", Sampling(2)))
+    assert not model.training
+
+
+def test_it_ends_at_the_models_length():
+    model, tokenizer = byte_model(max_seq_len=10), Bytes()
+    model.head.weight.data[2] = 0
+    tokens = list(generate(model, tokenizer, "abc", Sampling(100, temperature=0)))
+    assert len(tokens) <= 7
+    with pytest.raises(UserError, match="--prompt: 11 tokens, the model takes at most 10"):
+        list(generate(model, tokenizer, "abcdefghij", Sampling()))
+
+
+def test_never_a_control_token_and_stops_at_eos():
+    model, tokenizer = byte_model(), Bytes()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    tokens = [t for s in range(20) for t in generate(model, tokenizer, "", Sampling(40, 1.0, seed=s))]
+    assert not {0, 1, 2, 3} & set(tokens)
+    with torch.no_grad():
+        model.head.norm.weight.zero_()
+    logits = torch.zeros(260)
+    logits[2] = 9.0
+    assert choose(logits, [], Sampling(temperature=0), torch.Generator()) == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 1000), top_k=st.integers(0, 8), top_p=st.floats(0.05, 1.0))
+def test_top_k_and_top_p_keep_only_the_likeliest(seed, top_k, top_p):
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(seed))
+    order = logits.argsort(descending=True).tolist()
+    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {choose(logits.clone(), [], sampling, generator) for _ in range(60)}
+    kept = order[: top_k or 8]
+    probabilities = torch.softmax(logits[kept], 0)
+    allowed, mass = set(), 0.0
+    for token, p in zip(kept, probabilities.tolist(), strict=True):
+        if mass < top_p - 1e-6 or not allowed:
+            allowed.add(token)
+        mass += p
+    assert drawn <= allowed
+
+
+def test_repetition_penalty_weakens_what_was_seen():
+    logits = torch.tensor([2.0, 1.9, -1.0, -1.1])
+    greedy = Sampling(temperature=0, repetition_penalty=1.2)
+    assert choose(logits.clone(), [0], greedy, torch.Generator()) == 1
+    assert choose(torch.tensor([-1.0, -1.1]), [0], greedy, torch.Generator()) == 1
+    assert choose(logits.clone(), [3], greedy, torch.Generator()) == 0
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"repetition_penalty": 0}])
+def test_values_out_of_range_are_refused(bad):
+    with pytest.raises(UserError, match="out of range"):
+        Sampling(**bad)
+
+
+def test_text_comes_in_whole_characters(loaded):
+    model, tokenizer, _ = loaded
+    pieces = list(text_of(model, tokenizer, "Once \U0001f600", Sampling(60, temperature=3.0, seed=3)))
+    ids = list(generate(model, tokenizer, "Once \U0001f600", Sampling(60, temperature=3.0, seed=3)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_the_command_writes_story_to_stdout_and_the_rest_to_stderr(run, capsys):
+    assert main(["--checkpoint", str(run), "--prompt", "Once", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Once") and captured.out.endswith("\n")
+    assert "step-00000003: step 3" in captured.err
+
+
+@pytest.mark.parametrize("damage", ["missing", "other", "unfinished"])
+def test_a_wrong_path_is_one_line(run, tmp_path, damage):
+    path = tmp_path / "run"
+    if damage != "missing":
+        shutil.copytree(run, path)
+    if damage == "unfinished":
+        shutil.rmtree(path / "checkpoints" / "step-00000003")
+    if damage == "other":
+        manifest = path / "checkpoints" / "step-00000003" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    command = [sys.executable, "-m", "trainer.generate", "--checkpoint", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")

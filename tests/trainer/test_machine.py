@@ -1,0 +1,71 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data.config import ConfigError
+from parallel.mesh import World
+from trainer import machine
+
+
+def test_dtype_by_wish_and_by_device():
+    cpu = torch.device("cpu")
+    assert machine.choose_dtype("float32", cpu) == torch.float32
+    assert machine.choose_dtype("bfloat16", cpu) == torch.bfloat16
+    assert machine.choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_auto_on_a_cpu_is_what_the_trial_says(monkeypatch, pays):
+    monkeypatch.setattr(machine, "_bf16_pays", lambda: pays)
+    wanted = torch.bfloat16 if pays else torch.float32
+    assert machine.choose_dtype("auto", torch.device("cpu")) == wanted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_cuda_without_a_device_is_refused():
+    with pytest.raises(ConfigError, match="run.device=cuda: 2 processes here, but 0 CUDA devices; use cpu"):
+        machine.choose_device("cuda", World(0, 2, 0, 2))
+    assert machine.choose_device("auto", World()).type == "cpu"
+
+
+SHOW_THREADS = "from trainer.machine import set_threads; from parallel.mesh import World; "
+SHOW_THREADS += "import torch; set_threads('auto', World(0, {n}, 0, {n})); print(torch.get_num_threads())"
+
+
+def threads(processes, said):
+    """Threads of one of several workers below a launcher that sets OMP_NUM_THREADS=1, as torchrun does."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    env |= {} if said is None else {"OMP_NUM_THREADS": said}
+    worker = [sys.executable, "-c", SHOW_THREADS.format(n=processes)]
+    launcher = f"import os, subprocess; os.environ.setdefault('OMP_NUM_THREADS', '1'); subprocess.run({worker!r})"
+    command = [sys.executable, "-c", launcher] if processes > 1 else worker
+    return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="what the user said is read from /proc")
+def test_threads_are_the_users_else_all_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert threads(1, None) == cores
+    assert threads(1, "1") == 1
+    assert threads(2, None) == max(1, cores // 2)
+    assert threads(2, "3") == 3
+
+
+def test_freed_memory_is_kept():
+    """Page faults of making and freeing a large tensor again and again."""
+    code = (
+        "import resource, torch\nfrom trainer.machine import keep_freed_memory\n{}\n"
+        "a = torch.ones(8 << 20); del a\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(30): torch.ones(8 << 20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code.format(x)], capture_output=True, text=True, check=True).stdout)
+        for x in ("", "keep_freed_memory()")
+    ]
+    if faults[0] < 1000:
+        pytest.skip(f"this allocator keeps its pages anyway ({faults[0]} faults)")
+    assert faults[1] < faults[0] / 4

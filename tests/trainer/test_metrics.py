@@ -1,0 +1,112 @@
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from trainer.config import LogConfig
+from trainer.metrics import MetricsFile, Reporter, read_lines
+from trainer.report import list_runs, plot_loss
+
+STEP = {"tokens": 10, "loss": 1.5, "lr": 1e-3, "tokens_per_second": 1234.5, "step_seconds": 2.0}
+
+
+def test_resuming_cuts_torn_and_later_lines(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        file.write({"kind": "train", "step": step})
+    with file.path.open("a") as f:
+        f.write('{"kind": "tr')
+    file.cut(3)
+    assert [x["step"] for x in read_lines(file.path)] == [1, 2, 3]
+    file.write({"kind": "train", "step": 4})
+    assert [x["step"] for x in read_lines(file.path)] == [1, 2, 3, 4]
+
+
+def test_lines_without_a_terminal(tmp_path, capsys):
+    report = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", speaks=True)
+    report.start(0, 5, {})
+    for step in range(1, 6):
+        report.train(step, STEP)
+    report.close()
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in out] == ["step 2/5", "step 4/5", "step 5/5"]
+    assert out[0] == "step 2/5: loss 1.500, 1,234 tokens/s, lr 1.00e-03, 0:06 left"
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 6
+
+
+def test_a_quiet_rank_writes_and_says_nothing(tmp_path, capsys):
+    report = Reporter(tmp_path, LogConfig(), "r", speaks=False)
+    report.start(0, 5, {})
+    report.train(1, STEP)
+    report.event(1, "x")
+    report.say("hello")
+    report.close()
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+SHOW = """
+import sys
+from pathlib import Path
+from trainer.config import LogConfig
+from trainer.metrics import Reporter
+r = Reporter(Path(sys.argv[1]), LogConfig(wandb="disabled"), "r", True)
+r.start(0, 3, {})
+for step in (1, 2, 3):
+    r.train(step, dict(tokens=10, loss=1.5, lr=1e-3, tokens_per_second=1234.5, step_seconds=2.0))
+r.close()
+"""
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_a_bar_on_a_terminal(tmp_path, no_color):
+    main, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
+    env |= {"NO_COLOR": "1"} if no_color else {}
+    subprocess.run([sys.executable, "-c", SHOW, str(tmp_path)], stderr=other, stdout=other, env=env, check=True)
+    os.close(other)
+    shown = b""
+    try:
+        while part := os.read(main, 65536):
+            shown += part
+    except OSError:  # the end of a pseudo terminal
+        pass
+    os.close(main)
+    text = shown.decode()
+    assert "3/3" in text and "loss 1.500" in text and "1,234 tokens/s" in text and "left" in text
+    assert ("\x1b[32m" in text) != no_color
+
+
+def test_online_without_a_key_goes_offline_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    report = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", speaks=True)
+    report.start(0, 2, {"a": {"b": 1}})
+    report.train(1, STEP)
+    report.close()
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].startswith("log.wandb=online: no WANDB_API_KEY")
+    assert list(tmp_path.glob("wandb/offline-run-*")) and "wandb" not in captured.err
+
+
+def test_the_loss_picture_and_the_list(tmp_path):
+    assert "no runs in" in list_runs(tmp_path)
+    run = tmp_path / "one"
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    (tmp_path / "not a run").mkdir()
+    report = Reporter(run, LogConfig(wandb="disabled"), "one", speaks=True)
+    report.start(0, 3, {})
+    for step in (1, 2, 3):
+        report.train(step, STEP | {"tokens": 10 * step})
+    report.write("eval", 3, loss=1.25, floor=1.0)
+    assert list_runs(tmp_path).splitlines()[1].split() == ["one", "3/3", "1.5000", "1.2500", "not", "finished"]
+    report.event(3, "finished")
+    assert list_runs(tmp_path).splitlines()[1].endswith("  finished")
+    assert plot_loss(run).read_bytes()[:4] == b"\x89PNG"
+    assert Path(run / "loss.png").stat().st_size > 5000

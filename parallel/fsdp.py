@@ -1,8 +1,8 @@
 """One model -> many processes with FSDP2, from outside the model.
 
 Built on the meta device, sharded, then filled in place: no process ever holds the whole. Units: each block, the head,
-the root with the embedding, and under bf16 each router, which stays fp32 or near ties would flip. Gradients are plain
-sums over the ranks, since the loss is already divided by the global count of tokens.
+and the root with the embedding; a small model is one unit; under bf16 each router is one more, which stays fp32 or near
+ties would flip. Gradients are plain sums over the ranks, since the loss is already divided by the count of all tokens.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from model.moe import MoE
 from model.random import Window
 from model.transformer import Transformer
 
-SMALL = 1 << 26  # bytes: weights of a model so small stay gathered from forward to backward
+SMALL = 1 << 26  # bytes of weights up to which a model is gathered and reduced as one: messages cost more than waiting
 
 
 def build(
@@ -40,21 +40,18 @@ def build(
 def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    reshard = _reshards(model)
+    small = sum(p.numel() * p.element_size() for p in model.parameters()) <= SMALL
     for block in model.blocks:
-        feed_forward = block.feed_forward
-        if isinstance(feed_forward, MoE) and dtype != torch.float32:
-            fully_shard(feed_forward.router, mesh=mesh, mp_policy=exact, reshard_after_forward=reshard)
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
+        if isinstance(block.feed_forward, MoE) and dtype != torch.float32:
+            fully_shard(block.feed_forward.router, mesh=mesh, mp_policy=exact)
+        if not small:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    if not small:  # the head's backward comes at once
+        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-
-
-def _reshards(model: nn.Module) -> bool:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) > SMALL
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:
@@ -87,7 +84,6 @@ def reduce_gradients(model: Transformer, now: bool) -> None:
 @contextmanager
 def gathered(model: Transformer) -> Iterator[None]:
     """Keep all weights gathered over many forwards, as generation wants them, instead of once for each token."""
-    reshard = _reshards(model)
     for module in _units(model):
         module.set_reshard_after_forward(False, recurse=False)
     try:
@@ -95,4 +91,4 @@ def gathered(model: Transformer) -> Iterator[None]:
     finally:
         for module in _units(model):
             module.reshard()
-            module.set_reshard_after_forward(reshard and module not in (model, model.head), recurse=False)
+            module.set_reshard_after_forward(module not in (model, model.head), recurse=False)

@@ -103,6 +103,8 @@ def text_of(model: "Transformer", tokenizer: "Tokenizer", prompt: str, sampling:
     from data.tokenizer import StreamDecoder
 
     decoder = StreamDecoder(tokenizer)
+    for token in tokenizer.encode(prompt):  # some tokenizers drop a blank at the very start of a text
+        decoder.add(token)
     for token in generate(model, tokenizer, prompt, sampling):
         yield decoder.add(token)
     yield decoder.flush()

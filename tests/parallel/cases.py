@@ -13,7 +13,9 @@ SMALL = dict(
 VOCAB = 40
 
 
-def build(replicate=1, dtype=torch.float32, **keys):
+def build(replicate=1, dtype=torch.float32, small=0, **keys):
+    """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
+    fsdp.SMALL = small
     world = World.from_environment()
     mesh = make_mesh(world, torch.device("cpu"), replicate, "auto")
     return fsdp.build(ModelConfig(**{**SMALL, **keys}), VOCAB, 3, torch.device("cpu"), dtype, mesh), world

@@ -23,6 +23,8 @@ def test_initial_weights_are_bitwise_the_same_at_any_world(pool, keys):
 
 CASES = [
     (2, {}),
+    (2, {"small": 1 << 30}),
+    (3, {"small": 1 << 30, "reduce": "every", "tie_embeddings": True}),
     (3, {"tie_embeddings": True}),
     (2, {"reduce": "every", "micro_batches": 1}),
     (3, {"reduce": "every", "shared_expert": False}),
@@ -33,7 +35,7 @@ CASES = [
 
 @pytest.mark.parametrize("world, keys", CASES)
 def test_gradients_equal_those_of_one_process(pool, world, keys):
-    model_keys = {k: v for k, v in keys.items() if k != "replicate"}
+    model_keys = {k: v for k, v in keys.items() if k not in ("replicate", "small")}
     want = cases.one_step(**model_keys)
     for got in pool.run(world, "tests.parallel.cases:one_step", **keys):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
@@ -52,7 +54,7 @@ def test_router_stays_fp32_under_bf16(pool):
         assert seen == {**want, "loss": "torch.float32", "grad": "torch.float32"}
 
 
-@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}])
+@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}, {"small": 1 << 30}])
 def test_gathered_weights_are_given_back(pool, keys):
     for sharded, equal, trains in pool.run(2, "tests.parallel.cases:gathered_leaves_the_model_sharded", **keys):
         assert sharded and equal and trains
@@ -75,7 +77,7 @@ def test_gradient_is_that_of_the_mean_over_real_tokens():
     plain = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), targets.flatten())
     plain.backward()
     got = cases.one_step(moe_every=0)
-    assert got["loss"] == pytest.approx(float(plain), rel=1e-6)
+    assert got["loss"] == pytest.approx(plain.item(), rel=1e-6)
     for name, p in model.named_parameters():
         atol = 2e-6 * float(p.grad.abs().max())
         np.testing.assert_allclose(got["grads"][name], p.grad.numpy(), rtol=0, atol=atol, err_msg=name)

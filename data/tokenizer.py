@@ -1,0 +1,209 @@
+"""Text <-> tokens: trains and loads sentencepiece BPE models that lose nothing.
+
+1. `train` cuts stories into short pieces, samples them evenly, and lets sentencepiece merge. What the pieces leave
+   rare becomes bytes, so every text has an encoding and decodes to itself: no normalization, no blanks added or
+   dropped, newlines kept (they take part in merges: `."` and a blank line may be one token).
+2. `Tokenizer` encodes and decodes with a model of ours or of others. No text yields a control id, whatever it spells.
+3. `StreamDecoder` turns ids into text one by one and never shows half a character.
+"""
+
+import codecs
+import functools
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from data.config import UserError
+
+PAD, BOS, EOS, UNK = 0, 1, 2, 3  # in the models we train
+SAMPLE_BYTES = 100_000_000  # of text that a training looks at, at most; takes about 5 times that in memory
+THREADS = min(8, os.cpu_count() or 1)
+
+BLANK_MARK = "\u2581"  # stands for a blank inside sentencepiece, which therefore decodes it to one
+UNTRAINABLE = "\0\u2581\u2585"  # a sentence with U+2585 is skipped in training, the others are taken for something else
+PIECE = re.compile(f"[^{UNTRAINABLE}]{{1,1000}}(?=[ {UNTRAINABLE}]|\\Z)|[^{UNTRAINABLE}]{{1,1000}}")
+
+
+def pieces(text: str) -> list[str]:
+    """`text` in parts of at most 1,000 characters (4,000 bytes), cut before a blank where there is one.
+
+    Sentencepiece skips longer lines in training. Joined they are the text again, but for the UNTRAINABLE characters.
+    """
+    return PIECE.findall(text)
+
+
+def sample(parts: Iterable[str], limit: int = SAMPLE_BYTES) -> list[str]:
+    """Every 2^k-th part, for the smallest k that keeps them within `limit` bytes: spread evenly, same every time."""
+    kept: list[str] = []
+    size, stride = 0, 1
+    for number, part in enumerate(parts):
+        if number % stride == 0:
+            kept.append(part)
+            size += len(part.encode())
+            while size > limit and len(kept) > 1:
+                kept = kept[::2]
+                size, stride = sum(len(p.encode()) for p in kept), 2 * stride
+    return kept
+
+
+def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Writes a model of exactly `vocab_size` pieces to `path`: same texts and size, same bytes.
+
+    Raises UserError when there is no text, or when it cannot give that many pieces or so few.
+    """
+    import sentencepiece
+
+    sentences = sample(part for text in texts for part in pieces(text))
+    if not any(part.strip("\r\n") for part in sentences):
+        raise UserError("data.source: there is no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            num_threads=1,  # stands in the model, so it must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explained(error, vocab_size) from None
+    write_aside(path, model.getvalue())
+
+
+def _explained(error: RuntimeError, vocab_size: int) -> Exception:
+    """What sentencepiece says about a vocabulary that cannot be, for the user."""
+    setting = f"data.vocab_size={vocab_size}: the corpus"
+    if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+        return UserError(f"{setting} yields at most {most[1]} pieces; use data.vocab_size={most[1]} or more text")
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        return UserError(f"{setting} needs {least[1]} for its characters alone; use data.vocab_size={least[1]} or more")
+    return error
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """A file appears under its name only when it is whole and on disk."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+class Tokenizer:
+    """A sentencepiece model: `vocab_size`, the ids `bos`, `eos`, `pad`, `unk`, and `hash`, sha256 of the file."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError when the file is missing, is no sentencepiece model, or has no bos or eos of its own."""
+        import sentencepiece
+
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: no tokenizer can be read there ({error.strerror})") from None
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sp.load_from_serialized_proto(model)
+        except RuntimeError:
+            raise UserError(f"{path}: not a sentencepiece model") from None
+        self.hash = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._sp.vocab_size()
+        self.bos, self.eos, self.unk = self._sp.bos_id(), self._sp.eos_id(), self._sp.unk_id()
+        if min(self.bos, self.eos) < 0 or self.bos == self.eos:
+            lacks = "bos" if self.bos < 0 else "eos"
+            raise UserError(
+                f"{path}: the model has no {lacks} of its own, and stories are stored between bos and eos; "
+                "give a model that has both, or data.tokenizer=train"
+            )
+        self.pad: int = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos
+        spelled = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte = {id: byte for byte, id in enumerate(spelled) if self._sp.is_byte(id)}
+        self._blank_mark = [spelled[byte] for byte in BLANK_MARK.encode()] if len(self._byte) == 256 else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos and eos. Raises UserError on text that is not Unicode (a lone surrogate)."""
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; the threads of C++ share the texts."""
+        try:
+            for text in texts:
+                text.encode()
+        except UnicodeEncodeError:
+            raise UserError("a text is not Unicode: it holds a lone surrogate, which has no UTF-8") from None
+        ids = self._sp.encode(list(texts), num_threads=THREADS)
+        for i, text in enumerate(texts):
+            if BLANK_MARK in text and self._blank_mark:
+                first, *others = self._sp.encode(text.split(BLANK_MARK), num_threads=1)
+                ids[i] = first + [id for other in others for id in self._blank_mark + other]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control ids give nothing, bytes that are no UTF-8 give U+FFFD each."""
+        return self._sp.decode(list(ids))
+
+    def decode_all(self, ids: Sequence[list[int]]) -> list[str]:
+        """Text of each list of ids."""
+        return self._sp.decode(list(ids), num_threads=THREADS) if ids else []
+
+    def byte(self, id: int) -> int | None:
+        """The byte that a byte piece stands for, None for all other ids."""
+        return self._byte.get(id)
+
+    @functools.cached_property
+    def _unk_text(self) -> str:
+        return self.decode([self.unk])
+
+    def inner(self, id: int) -> str:
+        """Text of an id that is no byte, after other text: some models drop a blank at the very start."""
+        return self.decode([self.unk, id])[len(self._unk_text) :]
+
+
+def _replace_each(error: UnicodeError) -> tuple[str, int]:
+    """As sentencepiece does: one U+FFFD for each wrong byte (Python's own `replace` writes one for several)."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("replace-each", _replace_each)
+Utf8 = codecs.getincrementaldecoder("utf-8")
+
+
+class StreamDecoder:
+    """Ids in, one by one; out comes the text that later ids cannot change. All of it joined is `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = Utf8("replace-each")
+        self._start: list[int] | None = []  # ids that gave no text yet; None as soon as there is some
+
+    def add(self, id: int) -> str:
+        """The text that has become certain, often none while the bytes of a character come in."""
+        byte = self._tokenizer.byte(id)
+        if byte is not None:
+            self._start = None
+            return self._utf8.decode(bytes([byte]))
+        if self._start is None:
+            return self.flush() + self._tokenizer.inner(id)
+        text = self._tokenizer.decode([*self._start, id])
+        self._start = None if text else [*self._start, id]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, U+FFFD for each byte of it, since the rest of that character never came."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,255 @@
+import gzip
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.config import DataConfig, UserError
+from data.sources import TRAIN, VALIDATION, find, open_source, side
+
+
+def config_of(source: object, validation: object = "0.5", **more: object) -> DataConfig:
+    return DataConfig.model_validate({"source": str(source), "validation": str(validation)} | more)
+
+
+def texts(source: object, **more: object) -> list[str]:
+    return [document.text for document in open_source(config_of(source, **more))]
+
+
+def jsonl(*stories: str, field: str = "text") -> bytes:
+    return b"".join(json.dumps({field: story, "id": 1}).encode() + b"\n" for story in stories)
+
+
+def refusal(source: object, **more: object) -> str:
+    with pytest.raises(UserError) as error:
+        texts(source, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_jsonl_keeps_every_character(tmp_path):
+    stories = ["one", " two \n\n", "a\tb\r\nc", "\u2028漢🎉\ufeff", "\0"]
+    (tmp_path / "s.jsonl").write_bytes(jsonl(*stories[:2]) + b"\r\n \n" + jsonl(*stories[2:]).rstrip())
+    assert texts(tmp_path / "s.jsonl") == stories
+    assert [d.log_prob for d in open_source(config_of(tmp_path / "s.jsonl"))] == [None] * 5
+
+
+def test_a_byte_order_mark_belongs_to_the_file(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl("\ufeffone"))
+    (tmp_path / "s.txt").write_bytes(b"\xef\xbb\xbftwo\n\xef\xbb\xbf")
+    assert texts(tmp_path) == ["\ufeffone", "two\n\ufeff"]
+
+
+def test_another_text_field(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(jsonl("one", field="story"))
+    assert texts(tmp_path / "s.jsonl", text_field="story") == ["one"]
+    said = refusal(tmp_path / "s.jsonl")
+    assert said == f"{tmp_path}/s.jsonl, line 1: data.text_field=text is no text there; " + (
+        "text stands in: story (data.text_field=...)"
+    )
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (b'{"text": "on', "not JSON"),
+        (b"once upon a time", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["one"]', "not a JSON object"),
+        (b'"one"', "not a JSON object"),
+        (b'{"text": 7}', "data.text_field=text is no text there; no field holds text"),
+        (b'{"text": null, "body": "x"}', "text stands in: body"),
+        (b"{}", "data.text_field=text is no text there"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (rb'{"text": "\ud83c"}', "half a surrogate pair"),
+    ],
+)
+def test_a_bad_line_of_jsonl_is_named(tmp_path, line, why):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(jsonl("one", "two") + line + b"\n" + jsonl("three"))
+    assert refusal(path).startswith(f"{path}, line 3: ") and why in refusal(path)
+
+
+def test_txt_is_parted_at_lines_that_are_the_separator(tmp_path):
+    path = tmp_path / "s.txt"
+    path.write_bytes(
+        b"\n\n One.\n\nTwo. \n\n<|endoftext|>\nThree <|endoftext|>\n <|endoftext|>\r\n<|endoftext|>\r\n"
+        b"\r\nFour\r\nfive\r\n<|endoftext|>\n<|endoftext|>\n  \n<|endoftext|>\nSix"
+    )
+    source = open_source(config_of(path))
+    assert [d.text for d in source] == [
+        " One.\n\nTwo. ", "Three <|endoftext|>\n <|endoftext|>", "Four\r\nfive", "Six",
+    ]  # fmt: skip
+    assert source.empty == 2
+
+
+@given(stories=st.lists(st.text(alphabet="ab \t\r\n漢>").map(lambda s: s.strip("\r\n")), min_size=1))
+def test_txt_comes_back(tmp_path_factory, stories):
+    path = tmp_path_factory.mktemp("txt") / "s.txt"
+    path.write_bytes("\n<|endoftext|>\n".join(stories).encode())
+    assert texts(path) == [story for story in stories if story.strip()]
+
+
+def test_txt_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "s.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
+    assert refusal(tmp_path / "s.txt").startswith(f"{tmp_path}/s.txt, line 3: not UTF-8")
+
+
+def test_gzip_is_known_by_its_content(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl("one")))
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(jsonl("two")) + gzip.compress(jsonl("three")))
+    (tmp_path / "c.jsonl.gz").write_bytes(jsonl("four"))  # unpacked on the way, as some sites do
+    (tmp_path / "d.txt.GZ").write_bytes(gzip.compress(b"five\n<|endoftext|>\nsix"))
+    (tmp_path / "e.gz").write_bytes(gzip.compress(b" " + jsonl("seven")))
+    (tmp_path / "f.gz").write_bytes(gzip.compress(b"eight"))
+    (tmp_path / "g.gz").write_bytes(gzip.compress(b""))
+    assert texts(tmp_path) == "one two three four five six seven eight".split()
+
+
+def test_a_damaged_gzip_is_named(tmp_path):
+    path = tmp_path / "s.jsonl.gz"
+    whole = gzip.compress(jsonl(*(f"story {number * 7919}" for number in range(5000))), mtime=0)
+    half = whole[: len(whole) // 2]
+    scratched = whole[:10] + b"\xff" * 20 + whole[30:]  # the first block is of no known type
+    for content in (half, whole[:-3], whole[:15], whole[:-8] + bytes(8), half + b"junk" * 9, scratched):
+        path.write_bytes(content)
+        assert refusal(path).startswith(f"{path}: the gzip is cut or damaged after line ")
+
+
+def test_blank_stories_are_counted(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(jsonl("one", "", " \n", "two"))
+    source = open_source(config_of(tmp_path / "s.jsonl"))
+    for _ in range(2):
+        assert [d.text for d in source] == ["one", "two"] and source.empty == 2
+
+
+def test_folders_and_globs_are_sorted(tmp_path, monkeypatch):
+    for name in "b.txt a/z.txt a/b/c.txt a0.jsonl .hidden/d.txt .e.txt f.parquet g.csv h.tar.gz".split():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jsonl(name) if name.endswith("jsonl") else name.encode())
+    monkeypatch.chdir(tmp_path)
+    assert texts(".") == texts(tmp_path) == ["a/b/c.txt", "a/z.txt", "a0.jsonl", "b.txt"]
+    assert texts("*") == ["a0.jsonl", "b.txt"]
+    assert texts("**/*.txt") == texts(f"{tmp_path}/**/*.txt") == ["a/b/c.txt", "a/z.txt", "b.txt"]
+    (tmp_path / "[a].txt").write_text("brackets")  # a name, before it is a glob
+    assert texts("[a].txt") == ["brackets"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts("~/a/*.txt") == ["a/z.txt"]
+
+
+def test_no_files_no_source(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "f.parquet").touch()
+    for given_path, why in [
+        ("none.txt", "no such file or folder"),
+        ("*.txt", "no such file or folder"),
+        ("empty", "no file of stories there"),
+        ("f.parquet", "not a file of stories"),
+        ("*.parquet", "no file of stories there"),
+    ]:
+        said = refusal(tmp_path / given_path)
+        assert said.startswith(f"data.source={tmp_path / given_path}: {why}; give a file") and ".jsonl" in said
+    (tmp_path / "s.txt").write_text("one")
+    said = refusal(tmp_path / "s.txt", validation=tmp_path / "v.txt")
+    assert said.startswith(f"data.validation={tmp_path}/v.txt: no such file or folder")
+
+
+@pytest.mark.parametrize("name", ["tinystories", "roneneldan/TinyStories"])
+def test_what_is_not_read_yet(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(name).startswith(f"data.source={name}: ") and ".jsonl or .txt" in refusal(name)
+
+
+def test_a_validation_path_is_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("val").mkdir()
+    for name in ("a.txt", "b.txt", "val/c.txt"):
+        Path(name).write_text(name)
+    for source, validation, train in [
+        (".", "val", ["a.txt", "b.txt"]),
+        (tmp_path, "b.txt", ["a.txt", "val/c.txt"]),
+        ("*.txt", tmp_path / "b.txt", ["a.txt"]),
+    ]:
+        documents = list(open_source(config_of(source, validation)))
+        assert [d.text for d in documents if d.split == TRAIN] == train
+        held_out = {d.text for d in documents if d.split == VALIDATION}
+        assert held_out == {"a.txt", "b.txt", "val/c.txt"} - set(train) or source == "*.txt" and held_out == {"b.txt"}
+    os.symlink("b.txt", "link.txt")
+    assert "link.txt" not in open_source(config_of(".", "b.txt")).fingerprint()
+    assert "takes every file of data.source=." in refusal(".", validation=".")
+
+
+def test_the_hash_of_a_text_decides_its_side(tmp_path):
+    golden = {"one": VALIDATION, "two": TRAIN, "three": VALIDATION, "漢": VALIDATION}
+    assert {text: side(text, 0.5) for text in golden} == golden
+    stories = [f"story {number}" for number in range(4000)]
+    (tmp_path / "s.jsonl").write_bytes(jsonl(*stories, *stories))
+    documents = list(open_source(config_of(tmp_path / "s.jsonl", "0.1")))
+    sides = {document.text: set() for document in documents}
+    for document in documents:
+        sides[document.text].add(document.split)
+    assert len(sides) == 4000 and all(len(both) == 1 for both in sides.values())
+    assert 340 < sum(both == {VALIDATION} for both in sides.values()) < 460
+    train_texts = list(open_source(config_of(tmp_path / "s.jsonl", "0.1")).training_texts())
+    assert train_texts == [d.text for d in documents if d.split == TRAIN]
+
+
+def test_a_larger_fraction_holds_out_more_of_the_same():
+    stories = [f"story {number}" for number in range(500)]
+    few, many = ({s for s in stories if side(s, f) == VALIDATION} for f in (0.1, 0.4))
+    assert few < many
+
+
+def test_fingerprints_tell_contents_apart(tmp_path):
+    for name in ("a.txt", "b/a.txt", "v.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    config = config_of(tmp_path, tmp_path / "v.txt")
+    first = open_source(config).fingerprint()
+    assert list(first) == ["a.txt", "b/a.txt", "validation v.txt"]
+    assert first["a.txt"].startswith("5 bytes, sha256 ")
+    os.utime(tmp_path / "a.txt", (0, 0))
+    assert open_source(config).fingerprint() == first
+    (tmp_path / "a.txt").write_text("c.txt")
+    assert [name for name, was in first.items() if open_source(config).fingerprint()[name] != was] == ["a.txt"]
+
+
+def test_progress_runs_from_nothing_to_all(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*(f"story {n}" for n in range(20_000))))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(*(f"story {n}" for n in range(20_000)))))
+    source = open_source(config_of(tmp_path))
+    places = [source.position for _ in source]
+    assert places == sorted(places) and places[0] < 0.6 * source.total and len(set(places)) > 4
+    assert source.position == source.total == sum(p.stat().st_size for p in find("data.source", str(tmp_path)))
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    lines = jsonl(*(f"story {number} " + "word " * 100 for number in range(20_000)))
+    (tmp_path / "s.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in open_source(config_of(tmp_path))) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 3e6 < len(lines) / 3
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_storybook_is_a_source():
+    from data.storybook import log_prob, story
+
+    source = open_source(config_of("storybook", "0.2", stories=200))
+    documents = list(source)
+    assert [d.text for d in documents] == [story(0, index) for index in range(200)]
+    assert {d.split for d in documents} == {TRAIN, VALIDATION} and (source.position, source.empty) == (200, 0)
+    for document in documents:
+        assert document.split == side(document.text, 0.2)
+        assert document.log_prob == (log_prob(document.text) if document.split == VALIDATION else None)
+    assert list(source.training_texts()) == [d.text for d in documents if d.split == TRAIN]
+    more = open_source(config_of("storybook", "0.2", stories=201)).fingerprint()
+    assert source.fingerprint() == source.fingerprint() != more

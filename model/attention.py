@@ -32,10 +32,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
     return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, S, H, head_dim) turned by angles (B or 1, S, 1, head_dim / 2), pair (2i, 2i+1) by angle i."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x (B, S, H, head_dim) with pair (2i, 2i+1), as a complex number, times turn (B or 1, S, 1, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 @dataclass
@@ -43,8 +43,7 @@ class Places:
     """Where the tokens of a forward stand; the same for all layers."""
 
     positions: Tensor  # (B or 1, S)
-    cos: Tensor  # (B or 1, S, 1, head_dim / 2)
-    sin: Tensor
+    turn: Tensor  # (B or 1, S, 1, head_dim / 2), complex: RoPE's rotation at each position
     full_mask: Tensor | None = None  # (B, 1, S, S), with documents only
     chunk_mask: Tensor | None = None
 
@@ -54,7 +53,7 @@ class Places:
         wide = torch.promote_types(dtype, torch.float32)
         frequency = rope_frequencies(config.head, config.rope_theta, config.rope_scaling, positions.device)
         angle = positions[..., None, None].to(wide) * frequency.to(wide)
-        places = cls(positions, angle.cos(), angle.sin())
+        places = cls(positions, torch.polar(torch.ones_like(angle), angle))
         if documents is not None:
             length = positions.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
@@ -99,13 +98,14 @@ class Attention(nn.Module):
         """x (B, S, D) -> (B, S, D)."""
         qkv = F.linear(x, self.wqkv.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        wide = torch.promote_types(x.dtype, torch.float32)
         if self.rope:
-            qk = rotate(qkv[:, :, : self.heads + self.kv_heads], places.cos, places.sin)
+            qk = rotate(qkv[:, :, : self.heads + self.kv_heads], places.turn)
             if self.config.qk_norm:
-                qk = F.rms_norm(qk.to(places.cos.dtype), (self.head_dim,), eps=self.config.norm_eps).to(x.dtype)
+                qk = F.rms_norm(qk.to(wide), (self.head_dim,), eps=self.config.norm_eps).to(x.dtype)
             q, k = qk.split((self.heads, self.kv_heads), dim=2)
         elif self.config.temperature_tuning:
-            steps = torch.floor((places.positions.to(places.cos.dtype) + 1) / self.config.temperature_floor)
+            steps = torch.floor((places.positions.to(wide) + 1) / self.config.temperature_floor)
             scale = torch.log1p(steps) * self.config.temperature_scale + 1
             q = (q * scale[..., None, None]).to(x.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, head_dim)

@@ -6,14 +6,14 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by the first SIGINT, SIGTERM or SIGUSR1; the ranks agree on it at the end of the step. A second one ends.
+    """Set by the first SIGINT, SIGTERM, SIGHUP or SIGUSR1; the ranks agree on it at the end of the step. A second one ends.
 
     A context: the handlers of before come back when it is left.
     """
 
     def __enter__(self) -> "StopFlag":
         self.asked = False
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         self._before = {number: signal.signal(number, self._handle) for number in signals}
         return self
 

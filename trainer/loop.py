@@ -67,7 +67,7 @@ def train(config: Config) -> int:
     device = machine.choose_device(config.run.device, world)
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
-    newest = find_checkpoint(config, corpus, steps, speaks=world.rank == 0)
+    newest, notes = find_checkpoint(config, corpus, steps)
     if newest is not None and (done := checkpoint.read_manifest(newest)["step"]) >= steps:
         if world.rank == 0:
             print(f"{config.run.folder}: finished at step {done}; set run.name= for another run, train.steps= to go on")
@@ -83,7 +83,7 @@ def train(config: Config) -> int:
             run = Run(
                 config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer, report, stop
             )  # fmt: skip
-            begin(run, newest, threads)
+            begin(run, newest, notes, threads)
             loop(run)
     finally:
         report.close()
@@ -123,15 +123,15 @@ def steps_of(config: Config, rows: int) -> int:
     return max(1, int(config.train.epochs * rows / config.train.global_batch_size))
 
 
-def find_checkpoint(config: Config, corpus: Corpus, steps: int, speaks: bool) -> Path | None:
-    """The checkpoint to go on from; None where the run is fresh. Settings that changed since are listed once.
+def find_checkpoint(config: Config, corpus: Corpus, steps: int) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, None where the run is fresh; and what changed since, a line each.
 
     Raises UserError when the run folder belongs to another model or corpus.
     """
     folder = config.run.folder
     found = checkpoint.complete(folder / "checkpoints")
     if not found:
-        return None
+        return None, []
     manifest = checkpoint.read_manifest(found[-1])
     differences = changes(manifest["config"], config)
     other = [d for d in differences if d.startswith("model.")]
@@ -139,12 +139,10 @@ def find_checkpoint(config: Config, corpus: Corpus, steps: int, speaks: bool) ->
         raise UserError(f"{folder}: made with another model ({'; '.join(other)}); choose another run.name=")
     if manifest["corpus"] != corpus.hash:
         raise UserError(f"{folder}: made with another corpus than {config.data.dir}; choose another run.name=")
-    if speaks:
-        for difference in differences:
-            print(f"changed since step {manifest['step']}: {difference}")
-        if manifest["steps"] != steps and config.train.schedule != "constant" and config.train.decay_steps is None:
-            print(f"the learning rate now decays over {steps} steps instead of {manifest['steps']}: it jumps here")
-    return found[-1]
+    notes = [f"changed since step {manifest['step']}: {difference}" for difference in differences]
+    if manifest["steps"] != steps and config.train.schedule != "constant" and config.train.decay_steps is None:
+        notes.append(f"the learning rate now decays over {steps} steps instead of {manifest['steps']}: it jumps here")
+    return found[-1], notes
 
 
 def changes(before: dict[str, dict[str, Any]], config: Config) -> list[str]:
@@ -158,7 +156,7 @@ def changes(before: dict[str, dict[str, Any]], config: Config) -> list[str]:
     ]
 
 
-def begin(run: Run, newest: Path | None, threads: int) -> None:
+def begin(run: Run, newest: Path | None, notes: list[str], threads: int) -> None:
     """Load the checkpoint or start a fresh run folder, and say which."""
     config, folder = run.config, run.folder
     if newest is not None:
@@ -172,6 +170,8 @@ def begin(run: Run, newest: Path | None, threads: int) -> None:
     total, active = config.model.parameter_counts(run.tokenizer.vocab_size)
     share = run.loader.share
     run.report.say("fresh" if newest is None else f"resumed from step {run.step}")
+    for note in notes:
+        run.report.say(note)
     run.report.say(
         f"{folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {run.world.size} processes on "
         f"{run.device.type}, {threads} threads each, {str(run.dtype).removeprefix('torch.')}; "

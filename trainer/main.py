@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,17 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130."""
+    """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130.
+
+    Below torchrun Ctrl-C ends with 0: nothing was lost yet, and torchrun would report a crash.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
     try:
         return command()
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            print("interrupted", file=sys.stderr)
-        return 130
+            print("interrupted before the first step", file=sys.stderr)
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
 
 
 if __name__ == "__main__":

@@ -1,0 +1,516 @@
+r"""Stories out of a grammar -> text for the tokenizer, with the true probability of every story.
+
+The first stop of the journey for whoever has no corpus at hand: `story(seed, index)` is page `index` of an endless,
+repeatable book. Each story has exactly one derivation in the grammar below, so `log_prob` is exact, and the mean of
+-log_prob is the loss that no model can beat: the floor under every learning curve.
+
+1. A table of rules is read into a `Grammar`: context-free, with a memory for the names and things that recur.
+2. `Grammar.sample` unfolds one number in [0, 1) into a story, as an arithmetic decoder does.
+3. `Grammar.derive` follows all derivations at once, left to right (a dynamic program). Parsing a text, listing all
+   texts and judging single sentences are this one walk over the same table.
+
+How to read the table. `name:` opens a rule; its alternatives stand on the indented lines below, or between bars.
+    [hot]          a draw from the rule `hot`, anew each time
+    {place}        a draw from the rule `place` where a story first mentions it, from then on a copy
+    {hero}         the same, drawn from `name`: `{hero} {friend} = name` says so; variables of one rule always differ
+    {hero.his}     another form of the same value: `name/he/him/his` names the forms, `Mia/she/her/her` lists them
+    [Then] {Hero.he}   the same with a capital
+    hot *2         an alternative twice as likely as one without a star
+    \n             a new paragraph
+"""
+
+import functools
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar, Union
+
+Part = Union[str, "Draw"]
+Parts = tuple[str, *tuple[Part, ...]]  # a literal first, be it empty
+Option = tuple[int, int, str, tuple[Part, ...]]  # of an alternative: number, weight, first literal, other parts
+Key = TypeVar("Key")
+Place = TypeVar("Place")  # how far a derivation has come: an offset into a text, or the text so far
+Bound = tuple[int, ...]  # for each variable the alternative it holds, -1 before its first mention
+Weight = tuple[int, float]  # of some derivations: their number, their summed probability
+States = dict[tuple[Place, Bound], Weight]
+
+BITS = 512  # of the number behind a story: it uses up 220, at most some 320, so all choices are fair to 2**-190
+FRACTION = (1 << BITS) - 1
+SENTENCE_GAP = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]"))[ \n](?!\[?[a-z])""")  # none in: "Yes!" said Tom.
+END_MARK = re.compile(r"""[.!?]"?\Z""")
+
+
+class Choice:
+    """The alternatives of a rule, in one of its forms."""
+
+    def __init__(self) -> None:
+        self.weights: list[int] = []
+        self.parts: list[Parts] = []
+        self.stacked: list[tuple[Part, ...]] = []  # the parts, last first
+        self.wheel: list[int] = []  # each alternative as often as it weighs
+        self.openings: dict[str, list[Option]] = {}  # those that can begin with a letter; "": all
+
+    def add(self, weight: int, parts: Parts) -> None:
+        self.wheel += [len(self.weights)] * weight
+        self.weights.append(weight)
+        self.parts.append(parts)
+        self.stacked.append(tuple(filter(None, reversed(parts))))
+
+
+class Draw(NamedTuple):
+    choice: Choice
+    variable: int | None  # that remembers what was drawn
+
+
+class Grammar:
+    """The rules of a table (notation: top of this file); the first rule derives whole texts.
+
+    No rule may begin with itself. Raises ValueError where a row lacks a form, or a name stands for no rule or form.
+    """
+
+    def __init__(self, table: str) -> None:
+        self.choices: dict[tuple[str, str], Choice] = {}  # by rule and form; "" is the plain one, "^his" has a capital
+        variables: dict[str, str] = {}  # each with the rule it draws from
+        aliases: dict[str, str] = {}
+        rows: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        for line in filter(str.strip, table.splitlines()):
+            if line.startswith("{"):
+                names, _, rule = line.partition(" = ")
+                aliases |= dict.fromkeys(re.findall(r"{(\w+)}", names), rule.strip())
+                continue
+            if not line[0].isspace():
+                head, _, line = line.partition(":")
+                name, *forms = head.split("/")
+                rows[name] = []
+            for cell in filter(None, map(str.strip, line.split("|"))):
+                written, _, weight = cell.replace("\\n", "\n").partition(" *")
+                texts = written.split("/")
+                if len(texts) != 1 + len(forms) or not all(texts):
+                    raise ValueError(f"{cell!r} does not fill the forms of {head!r}")
+                rows[name].append((int(weight or 1), dict(zip(["", *forms], texts, strict=True))))
+        sentences = [s for cells in rows.values() for _, row in cells for s in SENTENCE_GAP.split(row[""])]
+        rows[""] = [(1, {"": s}) for s in sentences if END_MARK.search(s)]  # a rule for any one sentence
+
+        def read(source: str) -> Parts:
+            lead, *tokens = re.split(r"(\[.+?]|{.+?})", source)
+            return lead, *(token if token[0] not in "[{" else draw(token) for token in tokens if token)
+
+        def draw(token: str) -> Draw:
+            name, _, form = token[1:-1].partition(".")
+            form = "^" + form if name[0].isupper() else form
+            name = name[0].lower() + name[1:]
+            rule = aliases.get(name, name) if token[0] == "{" else name
+            if (rule, form) not in self.choices:
+                raise ValueError(f"{token} stands for no rule or form of the table")
+            if token[0] == "{":
+                variables.setdefault(name, rule)
+            return Draw(self.choices[rule, form], list(variables).index(name) if token[0] == "{" else None)
+
+        def capital(source: str) -> str:
+            return re.sub("[A-Za-z]", lambda letter: letter[0].upper(), source, count=1)
+
+        def letters(parts: Parts) -> set[str]:
+            if parts[0]:
+                return {parts[0][0]}
+            first = parts[1:][0]
+            assert isinstance(first, Draw)
+            return {letter for then in first.choice.parts for letter in letters(then)}
+
+        for name, cells in rows.items():
+            for _, row in cells:
+                row |= {"^" + form: capital(source) for form, source in row.items()}
+                self.choices |= {(name, form): Choice() for form in row}
+        for name, cells in rows.items():
+            for times, row in cells:
+                for form, source in row.items():
+                    self.choices[name, form].add(times, read(source))
+        for choice in self.choices.values():
+            for i, parts in enumerate(choice.parts):
+                for letter in {"", *letters(parts)}:
+                    choice.openings.setdefault(letter, []).append((i, choice.weights[i], parts[0], parts[1:]))
+        self.start = Draw(next(iter(self.choices.values())), None)
+        self.sentence = Draw(self.choices.get(("", ""), Choice()), None)
+        kinds = list(variables.values())
+        self._unbound: Bound = (-1,) * len(kinds)
+        self._rivals = [[v for v, other in enumerate(kinds) if other == k and v != u] for u, k in enumerate(kinds)]
+
+    def _taken(self, variable: int | None, bound: Sequence[int]) -> Sequence[int]:
+        """The alternatives that other variables of the same rule hold."""
+        return () if variable is None else [bound[i] for i in self._rivals[variable] if bound[i] >= 0]
+
+    def sample(self, number: int) -> tuple[str, float]:
+        """The text behind a uniform number from 0 to 2**BITS - 1, and its probability."""
+        bound, text, probability = list(self._unbound), list[str](), 1.0
+        stack: list[Part] = [self.start]
+        while stack:
+            part = stack.pop()
+            if isinstance(part, str):
+                text.append(part)
+                continue
+            choice, variable = part
+            row = -1 if variable is None else bound[variable]
+            if row < 0:
+                wheel, taken = choice.wheel, self._taken(variable, bound)
+                if taken:
+                    wheel = [i for i in wheel if i not in taken]
+                number *= len(wheel)
+                row = wheel[number >> BITS]  # the part of [0, 1) that holds the number ...
+                number &= FRACTION  # ... and where in it: the next number in [0, 1)
+                probability *= choice.weights[row] / len(wheel)
+                if variable is not None:
+                    bound[variable] = row
+            stack += choice.stacked[row]
+        return "".join(text), probability
+
+    def derive(
+        self, start: Draw, place: Place, peek: Callable[[Place], str], extend: Callable[[Place, str], Place | None]
+    ) -> States[Place]:
+        """The states that `start` leads to from `place`.
+
+        `peek` tells the letter that must come at a place ("": any), `extend` moves on by a literal, None: it fails.
+        """
+
+        @functools.cache  # what can follow from a place is derived once, whoever asks
+        def expand(draw: Draw, place: Place, bound: Bound) -> States[Place]:
+            choice, variable = draw
+            if variable is not None and bound[variable] >= 0:
+                return follow(choice.parts[bound[variable]], {(place, bound): (1, 1.0)})
+            ends: States[Place] = {}
+            then, taken = bound, self._taken(variable, bound)
+            left = len(choice.wheel) - sum([choice.weights[i] for i in taken])
+            for i, weight, lead, rest in choice.openings.get(peek(place), ()):
+                reached = extend(place, lead)
+                if reached is not None and i not in taken:
+                    if variable is not None:
+                        then = (*bound[:variable], i, *bound[variable + 1 :])
+                    found = follow(rest, {(reached, then): (1, weight / left)})
+                    ends = _add(ends, found) if ends else found
+            return ends
+
+        def follow(parts: Sequence[Part], states: States[Place]) -> States[Place]:
+            for part in parts:
+                after: States[Place] = {}
+                for (place, bound), weight in states.items():
+                    if not isinstance(part, str):
+                        _add(after, expand(part, place, bound), weight)
+                    elif (reached := extend(place, part)) is not None:
+                        after[reached, bound] = weight
+                states = after
+            return states
+
+        return expand(start, place, self._unbound)
+
+    def parse(self, text: str, start: Draw | None = None) -> Weight:
+        """The derivations of a text (from `start`, else as a whole text): their number and summed probability."""
+        ends = self.derive(
+            start or self.start,
+            0,
+            lambda place: text[place : place + 1] or "\0",
+            lambda place, literal: place + len(literal) if text.startswith(literal, place) else None,
+        )
+        whole = [weight for (place, _), weight in ends.items() if place == len(text)]
+        return sum(ways for ways, _ in whole), math.fsum(mass for _, mass in whole)
+
+    def texts(self, start: Draw | None = None) -> dict[str, Weight]:
+        """All texts (of a small grammar, or from `start`), with their derivations as in `parse`."""
+        found: dict[str, Weight] = {}
+        for (text, _), weight in self.derive(start or self.start, "", lambda _: "", operator.add).items():
+            _add(found, {text: weight})
+        return found
+
+
+def _add(weights: dict[Key, Weight], more: dict[Key, Weight], factor: Weight = (1, 1.0)) -> dict[Key, Weight]:
+    """Add `more`, times `factor`, to `weights` in place."""
+    for key, (ways, mass) in more.items():
+        old_ways, old_mass = weights.get(key, (0, 0.0))
+        weights[key] = old_ways + factor[0] * ways, old_mass + factor[1] * mass
+    return weights
+
+
+STORYBOOK = Grammar(r"""
+story:
+    [who] [lost start] [lost gone]\n[lost look] [lost found] [joy] [end]
+    [who] [meet start] [meet see]\n[meet hello] [meet play] [joy] [end]
+    [who] [share start] [share want]\n[share no] [share give] [joy] [end]
+    [who] [rain start] [rain falls]\n[rain hide] [rain over] [joy] [end]
+    [who] [party start] [party alone]\n[party guest] [party gift] [joy] [end]
+    [who] [care start] [care sees]\n[care food] [care play] [joy] [end]
+
+who:
+    {hero} was a {kind}, {nature} {hero.child}.
+    {hero} was a {kind} {hero.child} who had [a cat].
+    {hero}, a {kind} {hero.child}, had [a cat] and [a cat].
+    {hero} loved to {fun} and {play} [by a log].
+    {hero} loved [a cat], [a cat] and [figs].
+    {hero} lived with {hero.his} {kind} {elder} [by a log].
+    A {kind}, {nature} {hero.child} named {hero} had [a cat].
+    Once a {kind} {hero.child} named {hero} lived [by a log].
+
+lost start:
+    [One day] {hero.he} [ran] to the {place} with {look.a} {hue} {thing}.
+    [One day] {hero.he} took {look.a} {hue} {thing} to the {place}.
+    {Hero.his} {elder} gave {hero.him} {look.a} {hue} {thing} {place.at}.
+    {Hero.he} had {look.a} {hue} {thing} and {fun.past} {place.at}.
+    {Hero.he} {fun.past} {place.at} with {look.a} {hue} {thing}.
+lost gone:
+    But it fell [by a log], and {hero.he} [felt] {trouble}.
+    But {hero.he} lost it [by a log] and [felt] {trouble}.
+    [Then] it was gone, so {hero} sat [by a log], {trouble}.
+    [Then] [a cat] hid it [by a log], and {hero} [felt] {trouble}.
+    [A cat] ran to [a log] with it, and {hero} [felt] {trouble}.
+lost look:
+    {Hero.he} looked [by a log] and [by a log].
+    {Hero.he} [ran] to [a log] and then to [a log].
+    {Hero.he} asked [a cat] and looked [by a log].
+    "Where is it?" asked {hero} [by a log] and [by a log].
+    {Hero.his} {elder} looked [by a log] and [by a log].
+lost found:
+    [Then] {friend}, a {manner} {friend.child}, saw it [by a log].
+    [Then] {friend} came by with [a cat] and saw it [by a log].
+    At last {friend} and [a cat] found the {thing} [by a log].
+    "Here it is!" [said] {friend}, who had [a cat] and the {thing}.
+    "I see it!" [said] {friend} [by a log] with [a cat].
+    {friend} gave [figs] to [a cat] and got the {thing}!
+
+meet start:
+    [One day] {hero.he} sat [by a log] {place.at} and [felt] {trouble}.
+    {Hero.he} sat {place.at} with [a cat] and [a cat], {trouble}.
+    {Hero.he} [felt] {trouble} {place.at} with no one but [a cat].
+    {Hero.he} sat [by a log] {place.at} with [a cat] and [felt] {trouble}.
+meet see:
+    [Then] {hero.he} saw a {manner} {friend.child} with {look.a} {hue} {thing}.
+    [Then] a {manner} {friend.child} came with [a cat] and {look.a} {hue} {thing}.
+    A {manner} {friend.child} [ran] [by a log] with {look.a} {hue} {thing}.
+    [By a log] sat a {manner} {friend.child} with {look.a} {hue} {thing}.
+meet hello:
+    "I am {friend}," [said] the {friend.child}, who had [figs].
+    "I am {friend}," [said] the {friend.child} and gave {hero.him} [figs].
+    {Friend.he} was {friend} and had [figs] and [a cat].
+    {Friend.he} was {friend}, who loved [a cat] and [a cat].
+meet play:
+    They {fun.past} and {play.past} with the {thing} [by a log].
+    They took the {thing} to [a log] and saw [a cat].
+    They gave [figs] to [a cat] [by a log].
+    They ate [figs] and saw [a cat] [by a log].
+    They put the {thing} [by a log] and ate [figs].
+    {hero} and {friend} {fun.past} [by a log] and [by a log].
+    {Hero.his} {elder} came with [figs] and [figs].
+    [A cat] and [a cat] came to play too.
+
+share start:
+    [One day] {hero.he} met {friend} {place.at} and had {look.a} {hue} {thing}.
+    {Hero.he} had {look.a} {hue} {thing} and [ran] to the {place} with {friend}.
+    {Hero.he} and {friend} {fun.past} {place.at} with {look.a} {hue} {thing}.
+    {Hero.his} {elder} gave {hero.him} and {friend} {look.a} {hue} {thing} {place.at}.
+share want:
+    "May I hold it?" [said] {friend}, who had [figs] and [a cat].
+    "I want it too," [said] {friend} [by a log].
+    {friend} wanted it and gave {hero} [figs] and [figs].
+    {friend} came [by a log] with [a cat] to ask for it.
+share no:
+    "It is mine!" [said] {hero} [by a log], and {friend} [felt] {trouble}.
+    But {hero} hid it [by a log], and {friend} [felt] {trouble}.
+    {hero} said no to {friend}, who sat [by a log], {trouble}.
+    So {friend} sat [by a log] with [a cat], {trouble}.
+share give:
+    "Please share," [said] {hero.his} {elder}, so they {fun.past} with it [by a log].
+    [Then] {hero} saw [a cat] share [figs] with [a cat].
+    [Then] {hero} [ran] to {friend} with it, [figs] and [a cat].
+    So {hero} gave {friend} the {thing}, [figs] and [figs].
+    So they {fun.past} with the {thing} [by a log].
+    {hero} put the {thing} [by a log] for {friend} and [a cat].
+
+rain start:
+    [One day] {hero.he} and {friend} took {look.a} {hue} {thing} to the {place}.
+    [One day] {hero.he} and {friend} [ran] to the {place} with {look.a} {hue} {thing}.
+    {Hero.he} and {friend} had {look.a} {hue} {thing} and {fun.past} {place.at}.
+    {Hero.he} and {friend} sat [by a log] {place.at} with {look.a} {hue} {thing}.
+rain falls:
+    [Then] [hot] rain fell on [a log], and {friend} [felt] {trouble}.
+    [Then] [a cat] hid, for rain fell on [a log], and {friend} [felt] {trouble}.
+    But rain fell on [a cat] and [a log], and {hero} [felt] {trouble}.
+rain hide:
+    They [ran] to [a log] and hid with [a cat].
+    They hid [by a log] with [a cat] and [a cat].
+    They ate [figs] and [figs] [by a log].
+    They saw [a cat] and gave it [figs].
+    {friend} hid [by a log] and {hero} [by a log].
+    {hero} told of [a cat] who had [figs].
+rain over:
+    [Then] the sun came out, and [a cat] [sang] [by a log].
+    [Then] they [ran] to [a log] with the {hue} {thing}.
+    [Then] it was [hot], and they {fun.past} [by a log].
+    "The sun!" [said] {friend}, and they {fun.past} [by a log].
+
+party start:
+    [One day] {hero.he} had a party [by a log] {place.at}.
+    {Hero.he} had a party {place.at} with [a cat] and [a cat].
+    {Hero.he} had [figs] and [figs] for a party {place.at}.
+    {Hero.his} {elder} made {hero.him} a party {place.at} with [figs].
+party alone:
+    But no one came but [a cat], and {hero} [felt] {trouble}.
+    But {hero} sat [by a log] with [a cat], {trouble}.
+    But {hero.he} ate [figs] and [figs] all alone and [felt] {trouble}.
+    {hero} looked [by a log] and [by a log] and [felt] {trouble}.
+party guest:
+    [Then] {friend} [ran] in with [a cat] and [figs].
+    [Then] {friend}, a {manner} {friend.child}, came with [figs].
+    At last {friend} came [by a log] with [a cat].
+    "I am here!" [said] {friend}, who had [figs] and [a cat].
+party gift:
+    "It is {look.a} {hue} {thing}!" [said] {hero} to [a cat].
+    {Friend.he} gave {hero} {look.a} {hue} {thing} and [figs].
+    {Friend.he} had {look.a} {hue} {thing} for {hero} [by a log].
+    So {hero} got {look.a} {hue} {thing} and [a cat].
+
+care start:
+    [One day] {hero.he} saw [big.a] [hue] {animal} [by a log] {place.at}.
+    [One day] {hero.he} [ran] to the {place} and found [big.a] [hue] {animal}.
+    {Hero.he} found [big.a] [hue] {animal} [by a log] {place.at}.
+    {Hero.he} and {hero.his} {elder} saw [big.a] [hue] {animal} {place.at}.
+care sees:
+    It [felt] {trouble} and sat [by a log].
+    It [felt] {trouble} and hid [by a log].
+    The {animal} hid [by a log] and [by a log], {trouble}.
+    The {animal} [felt] {trouble} and did not {fun} [by a log].
+care food:
+    {hero} gave it [figs] and [figs].
+    {hero} [ran] home and got it [figs] and [figs].
+    {hero} sat [by a log] with the {animal} and [figs].
+    {Hero.his} {elder} had [figs] for it [by a log].
+care play:
+    [Then] {friend} [ran] by and gave it {look.a} {hue} {thing}.
+    [Then] {friend} came with [a cat] and {look.a} {hue} {thing}.
+    {friend}, a {manner} {friend.child}, had {look.a} {hue} {thing} for it.
+    {hero} and {friend} gave it {look.a} {hue} {thing} and [figs].
+
+joy:
+    [Then] {hero} was not {trouble} but {feeling} and gave {friend} [figs].
+    "I am [so] {feeling}," [said] {hero} to {friend} and [a cat].
+    "Thank you," [said] {hero} to {friend} [by a log], [so] {feeling}.
+    {hero} gave {friend} [figs] and [felt] {feeling}.
+    {hero} {fun.past} and {friend} {play.past} [by a log], [so] {feeling}.
+    So {hero} ate [figs] with {friend} and [felt] {feeling}.
+end:
+    That [day] {hero} [ran] home with the {thing} and [a cat], [so] {feeling}.
+    {hero} [ran] home [by a log] with the {hue} {thing} and [a cat], [so] {feeling}.
+    {hero} and {friend} {fun.past} with the {thing} [by a log] every [day], [so] {feeling}.
+    They [ran] home from the {place} with the {thing} and [figs], [so] {feeling}.
+
+a cat:
+    a [animal]
+    [big.a] [animal]
+    a [hue] [animal]
+    [big.a] [hue] [animal] *6
+a log:
+    the [landmark]
+    the [big] [landmark]
+    the [hue] [landmark]
+    the [big] [hue] [landmark] *6
+figs:
+    [two] [food]
+    [two] [big] [food]
+    [two] [hue] [food]
+    [two] [big] [hue] [food] *4
+by a log: [by] [a log]
+one day: one [hot] [day], | on a [hot] [day],
+
+{hero} {friend} = name
+name/he/him/his/child:
+    Mia/she/her/her/girl | Pia/she/her/her/girl | Kim/she/her/her/girl | Pam/she/her/her/girl
+    Jan/she/her/her/girl | Ann/she/her/her/girl | Tim/he/him/his/boy | Jim/he/him/his/boy
+    Tom/he/him/his/boy | Sam/he/him/his/boy | Ben/he/him/his/boy | Dan/he/him/his/boy
+
+{kind} {nature} {manner} = trait
+trait: kind | shy | bold | calm | wise | nice | neat | tall | sweet | fun
+elder: mom *4 | dad *4 | aunt | gran
+
+{fun} {play} = action
+action/past:
+    run/ran *2 | hop/hopped *2 | play/played *2 | dance/danced *2 | sing/sang | dig/dug | spin/spun
+    jump/jumped | hum/hummed | skip/skipped | read/read | draw/drew
+
+{look} = big
+big/a:
+    big/a big | small/a small | tiny/a tiny | old/an old | new/a new | fat/a fat | thin/a thin | wet/a wet | dry/a dry
+    soft/a soft | hard/a hard | flat/a flat | long/a long | fine/a fine | warm/a warm | odd/an odd
+hue: red | blue | green | pink | tan | gray | gold | brown | white | black | dark | pale
+thing:
+    bat *3 | cap *3 | cup *3 | fan *3 | hat *3 | pot *3 | ball *3 | bell *3
+    boat | book | car | doll | drum | flag | kite | map | net | top | van
+place/at:
+    park/at the park *3 | farm/on the farm *3 | hill/on the hill *3 | lake/by the lake *3
+    barn/in the barn | yard/in the yard | zoo/at the zoo | camp/at the camp
+    dock/at the dock | mill/at the mill | shop/at the shop | fair/at the fair
+landmark:
+    tree *4 | log *4 | rock *4 | hut *4 | wall *4 | bin *4 | gate *3 | well *3 | tent *3
+    pond | post | dam | path | nest | cot | bush
+by: by *2 | near | behind | beside
+
+animal:
+    cat *4 | dog *4 | pig *4 | hen *4 | rat *4 | cow *4 | hog *4 | ram *3 | bee *3
+    fox | cub | pup | duck | frog | goat | bear | crab
+two: two *3 | six *2 | ten *2 | three | four | five
+food:
+    figs *4 | nuts *4 | hams *4 | buns *3 | pies *3 | cakes *3
+    eggs | plums | pears | beans | rolls | tarts | peas | dates
+
+feeling: glad *3 | fine *3 | calm *3 | warm *3 | happy | proud | merry | safe
+trouble: sad *3 | mad *3 | cold *3 | cross | hurt | upset | tired | scared | sorry
+
+hot: hot *2 | wet *2 | cold *2 | dry *2 | warm *2 | fine *2 | sunny | windy | foggy
+day: day *3 | night *2 | noon | evening
+
+then: then *2 | soon | now
+so: so *2 | very | ever so
+felt: felt | was
+
+ran: ran *2 | walked | skipped | hopped | raced | danced | went | rode
+said: said *4 | cried | called | yelled | sang
+sang: sang | ran | danced | jumped | hopped | hummed | spun | dug
+""")
+
+
+def story(seed: int, index: int) -> str:
+    """Page `index` of the book `seed` (both modulo 2**64): the same on every machine and in every version of Python."""
+    return STORYBOOK.sample(_number(seed, index))[0]
+
+
+def log_prob(text: str) -> float:
+    """The natural logarithm (nats) of the probability that a story is `text` and ends there.
+
+    Raises ValueError where the grammar has no such story.
+    """
+    ways, probability = STORYBOOK.parse(text)
+    if not ways:
+        raise ValueError(f"no story of the storybook: {text[:60]!r}")
+    return math.log(probability)
+
+
+def derivations(text: str) -> int:
+    """In how many ways the grammar derives `text`: 1 for each of its stories, 0 for any other text."""
+    return STORYBOOK.parse(text)[0]
+
+
+def derivable_sentences(text: str) -> tuple[int, int]:
+    """How many of the sentences of any text some story could contain, and how many there are in all.
+
+    Names and things must agree within a sentence, not across. What follows the last end mark is no sentence yet.
+    """
+    sentences = [sentence for sentence in SENTENCE_GAP.split(text) if END_MARK.search(sentence)]
+    return sum(STORYBOOK.parse(sentence, STORYBOOK.sentence)[0] > 0 for sentence in sentences), len(sentences)
+
+
+def _number(seed: int, index: int) -> int:
+    """A number below 2**BITS out of (seed, index): splitmix64, word by word."""
+    state = _mix(_mix(seed) + index)
+    return sum(_mix(state + word) << 64 * word for word in range(BITS // 64))
+
+
+def _mix(word: int) -> int:
+    """One step of splitmix64: 64 bits to 64 bits, each of them hanging on all."""
+    word = word * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return word ^ word >> 31

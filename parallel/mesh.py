@@ -52,6 +52,15 @@ def connect(world: World, device: torch.device, timeout: int) -> None:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
 
 
+def agree(value: bool) -> bool:
+    """Rank 0's value, on all ranks: for what each might judge differently."""
+    if not dist.is_initialized():
+        return value
+    box = torch.tensor(int(value))
+    dist.broadcast(box, 0)
+    return bool(box)
+
+
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by the first SIGINT, SIGTERM, SIGHUP or SIGUSR1; the ranks agree on it at the end of the step. A second one ends.
+    """Set by the first SIGINT, SIGTERM, SIGHUP or SIGUSR1; the ranks agree on it at the end of a step. A second ends.
 
     A context: the handlers of before come back when it is left.
     """

@@ -72,10 +72,11 @@ def train(config: Config) -> int:
         if world.rank == 0:
             print(f"{config.run.folder}: finished at step {done}; set run.name= for another run, train.steps= to go on")
         return 0
-    dtype = machine.choose_dtype(config.train.dtype, device)
     mesh.connect(world, device, config.run.timeout)
     report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
     try:
+        low = mesh.agree(machine.choose_dtype(config.train.dtype, device) == torch.bfloat16)  # `auto` may try it out
+        dtype = torch.bfloat16 if low else torch.float32
         layout = mesh.make_mesh(world, device, config.parallel.replicate, config.parallel.shard)
         model = fsdp.build(config.model, tokenizer.vocab_size, config.train.seed, device, dtype, layout)
         optimizer = make_optimizer(model, config.train)
@@ -109,9 +110,7 @@ def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Cor
         corpus.verify()
     rows = training_rows(corpus.split("train"), config.data, tokenizer.bos, tokenizer.pad)
     share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
-    loader = Loader(
-        rows, share, config.train.seed, world.rank, config.data.workers, pin=device.type == "cuda"
-    )
+    loader = Loader(rows, share, config.train.seed, world.rank, config.data.workers, pin=device.type == "cuda")
     return corpus, tokenizer, loader, steps_of(config, len(rows))
 
 

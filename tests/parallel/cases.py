@@ -3,7 +3,7 @@
 import torch
 
 from model.config import ModelConfig
-from parallel import fsdp, gradients
+from parallel import fsdp, gradients, mesh
 from parallel.mesh import World, make_mesh
 from trainer.checkpoint import digest
 
@@ -17,8 +17,8 @@ def build(replicate=1, dtype=torch.float32, small=0, **keys):
     """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
     fsdp.SMALL = small
     world = World.from_environment()
-    mesh = make_mesh(world, torch.device("cpu"), replicate, "auto")
-    return fsdp.build(ModelConfig(**{**SMALL, **keys}), VOCAB, 3, torch.device("cpu"), dtype, mesh), world
+    layout = make_mesh(world, torch.device("cpu"), replicate, "auto")
+    return fsdp.build(ModelConfig(**{**SMALL, **keys}), VOCAB, 3, torch.device("cpu"), dtype, layout), world
 
 
 def initial_digest(**keys) -> str:
@@ -47,6 +47,12 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         grads[name] = grad.numpy()
     return {"grads": grads, "norm": float(square.sqrt()), "loss": float(loss)}
+
+
+def agreed():
+    """What ranks of different minds settle on."""
+    rank = World.from_environment().rank
+    return mesh.agree(rank == 0), mesh.agree(rank != 0)
 
 
 def router_dtypes(**keys):

@@ -60,6 +60,10 @@ def test_gathered_weights_are_given_back(pool, keys):
         assert sharded and equal and trains
 
 
+def test_rank_0_decides_where_minds_differ(pool):
+    assert pool.run(3, "tests.parallel.cases:agreed") == [(True, False)] * 3
+
+
 def test_degrees_that_do_not_fit_are_refused():
     assert degrees(8, 2, "auto") == (2, 4) and degrees(6, 1, 6) == (1, 6)
     with pytest.raises(MeshError, match="parallel.replicate=3: does not divide the 8 processes"):

@@ -3,6 +3,8 @@ CONFIG = launch/tiny.yaml
 N = 2
 ARGS =
 EXTRAS ?= dev
+# Nothing is compiled at install, so what is imported must be kept: torch starts in half the time.
+export PYTHONDONTWRITEBYTECODE =
 
 python = .venv/bin/python
 installed = .venv/installed-$(EXTRAS)

@@ -1,5 +1,7 @@
 """What the pool's processes run; each function on every rank."""
 
+from unittest import mock
+
 import torch
 
 from model.config import ModelConfig
@@ -15,10 +17,10 @@ VOCAB = 40
 
 def build(replicate=1, dtype=torch.float32, small=0, **keys):
     """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
-    fsdp.SMALL = small
     world = World.from_environment()
     layout = make_mesh(world, torch.device("cpu"), replicate, "auto")
-    return fsdp.build(ModelConfig(**{**SMALL, **keys}), VOCAB, 3, torch.device("cpu"), dtype, layout), world
+    with mock.patch.object(fsdp, "SMALL", small):  # set back at once: these processes serve other tests too
+        return fsdp.build(ModelConfig(**{**SMALL, **keys}), VOCAB, 3, torch.device("cpu"), dtype, layout), world
 
 
 def initial_digest(**keys) -> str:

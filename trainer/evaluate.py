@@ -58,10 +58,10 @@ def evaluate(
     finally:
         model.train(was_training)
     nats = float(sum_over_ranks(total)[0])
-    return {"split": split_name, **summary(split, stories, seq_len, nats)}
+    return {"split": split_name, **summary(split, tokenizer, stories, seq_len, nats)}
 
 
-def summary(split: "Split", stories: int, seq_len: int, nats: float) -> dict[str, Any]:
+def summary(split: "Split", tokenizer: "Tokenizer", stories: int, seq_len: int, nats: float) -> dict[str, Any]:
     """What is known of the first `stories` of a split, whose loss sums to `nats`."""
     tokens = cut = text_bytes = left = 0
     log_prob: float | None = 0.0
@@ -74,14 +74,17 @@ def summary(split: "Split", stories: int, seq_len: int, nats: float) -> dict[str
         targets = shard.starts[1 : count + 1] - shard.starts[:count] - 1
         tokens += int(targets.clip(max=seq_len).sum())
         cut += int((targets - seq_len).clip(min=0).sum())
-        text_bytes += int(shard.text_bytes[:count].sum())
+        whole = targets <= seq_len
+        text_bytes += int(shard.text_bytes[:count][whole].sum())
+        for start in shard.starts[:count][~whole]:  # of a story that is cut, what its first tokens spell
+            text_bytes += len(tokenizer.decode(shard.tokens[start + 1 : start + 1 + seq_len].tolist()).encode())
         if shard.log_probs is None:
             log_prob = None
         elif log_prob is not None:
             log_prob += float(shard.log_probs[:count].sum())
         left -= count
     loss = nats / max(1, tokens)
-    # of a story that was cut, the probability of the part that is left is not known
+    # the probability of the part that is left of a story is not known
     floor = None if log_prob is None or cut else -log_prob / max(1, tokens)
     return {
         "stories": stories,
@@ -89,7 +92,7 @@ def summary(split: "Split", stories: int, seq_len: int, nats: float) -> dict[str
         "cut": cut,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": None if cut else nats / math.log(2) / max(1, text_bytes),
+        "bits_per_byte": nats / math.log(2) / max(1, text_bytes),
         "floor": floor,
         "excess": None if floor is None else loss - floor,
     }
@@ -100,8 +103,7 @@ def describe(line: dict[str, Any]) -> str:
     text = f"{line['split']} loss {line['loss']:.4f} nats/token"
     if line["floor"] is not None:
         text += f", the corpus's true floor {line['floor']:.4f}, excess {line['excess']:.4f}"
-    if line["bits_per_byte"] is not None:
-        text += f", {line['bits_per_byte']:.3f} bits per byte"
+    text += f", {line['bits_per_byte']:.3f} bits per byte"
     return text + f" ({line['stories']} stories, {line['cut']} tokens cut)"
 
 

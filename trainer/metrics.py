@@ -85,7 +85,7 @@ class Reporter:
         try:
             import wandb
 
-            quiet = wandb.Settings(silent=True, console="off")
+            quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True)
             self._wandb = wandb.init(
                 project=self.config.project, name=self.name, dir=str(self.folder), mode=mode, config=settings,
                 settings=quiet,

@@ -45,12 +45,17 @@ def test_equals_a_loop_over_stories(run, corpus_dir):
 
 
 def test_what_is_cut_is_counted_and_has_no_floor(run, corpus_dir):
-    model, _, config = load_model(run)
+    model, tokenizer, config = load_model(run)
     whole = evaluate(model, Corpus.open(corpus_dir), config, "all", World())
     short = cases.config(corpus_dir, run.parent, "data.seq_len=40")
     cut = evaluate(model, Corpus.open(corpus_dir), short, "all", World())
     assert cut["cut"] == whole["tokens"] - cut["tokens"] > 0
-    assert cut["floor"] is None and cut["excess"] is None and cut["bits_per_byte"] is None
+    assert cut["floor"] is None and cut["excess"] is None
+    split, size = Corpus.open(corpus_dir).split("validation"), 0
+    for number in range(len(split.shards)):
+        shard = split.shard(number)
+        size += sum(len(tokenizer.decode(shard.tokens[a + 1 : a + 41].tolist()).encode()) for a in shard.starts[:-1])
+    assert cut["bits_per_byte"] == pytest.approx(cut["loss"] * cut["tokens"] / math.log(2) / size, rel=1e-6)
     some = evaluate(model, Corpus.open(corpus_dir), short, 3, World())
     assert some["stories"] == 3 * short.train.micro_batch_size
 

@@ -367,7 +367,7 @@ def finish(run: Run) -> None:
         told, all_of_them = (sum(column) for column in zip(*counts, strict=True))
         print(f"{told} of {all_of_them} sentences in {len(stories)} stories are ones the storybook could tell")
     print(
-        f"generate:  python -m trainer.generate --checkpoint {run.folder} --prompt \"Once upon a time\"\n"
+        f"generate:  python -m trainer.generate --checkpoint {run.folder} --prompt \"{run.config.sample.prompts[0]}\"\n"
         f"evaluate:  python -m trainer.evaluate --checkpoint {run.folder}\n"
         f"go on:     {command()} train.steps={2 * run.steps}"
     )

@@ -133,6 +133,7 @@ def test_the_command_writes_story_to_stdout_and_the_rest_to_stderr(run, capsys):
     assert "step-00000003: step 3" in captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "other", "unfinished"])
 def test_a_wrong_path_is_one_line(run, tmp_path, damage):
     path = tmp_path / "run"

@@ -45,6 +45,7 @@ def threads(processes, said):
     return int(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="what the user said is read from /proc")
 def test_threads_are_the_users_else_all_cores():
     cores = len(os.sched_getaffinity(0))
@@ -54,6 +55,7 @@ def test_threads_are_the_users_else_all_cores():
     assert threads(2, "3") == 3
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Page faults of making and freeing a large tensor again and again."""
     code = (

@@ -72,6 +72,7 @@ def test_another_data_package_is_noticed(tmp_path):
     assert result.returncode == 1 and "the package `data` was imported from" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "scout"])
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, name):
     words = ["--config", str(ROOT / "launch" / f"{name}.yaml"), "--dry-run", f"run.dir={tmp_path}/runs"]
@@ -103,6 +104,7 @@ def start(corpus, runs):
     raise AssertionError("no step in 60 s")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_saves_on_all_and_resumes(corpus_dir, tmp_path):
     process, metrics = start(corpus_dir, tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -121,6 +123,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_resumes(corpus_dir, tmp_path):
     assert listed[1].split()[:2] == ["live", f"{step}/100000"] and listed[1].endswith("not finished")
 
 
+@pytest.mark.slow
 def test_torchrun_twice_gives_the_same_losses(corpus_dir, tmp_path):
     for number in "12":
         subprocess.run(torchrun(cases.words(corpus_dir, tmp_path / number, "run.name=r")), check=True, cwd=ROOT)

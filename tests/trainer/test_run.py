@@ -222,3 +222,14 @@ def load(path):
     from trainer.evaluate import load_model
 
     return load_model(path)[0]
+
+
+def test_epochs_are_passes_over_the_corpus(corpus_dir, tmp_path):
+    """On the command line `epochs` takes the place of `steps`; what is left of a step is not taken."""
+    from data.loader import training_rows
+    from data.shards import Corpus
+
+    config = cases.config(corpus_dir, tmp_path)
+    rows = len(training_rows(Corpus.open(corpus_dir).split("train"), config.data, 1, 0))
+    assert cases.run(corpus_dir, tmp_path, "run.name=e", "train.epochs=0.01") == 0
+    assert len(cases.losses(tmp_path / "e")) == int(0.01 * rows / 6) > 0

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from data.config import ConfigError, dump
+from data.config import dump
 from data.loader import Share
-from parallel.mesh import MeshError, World, degrees
+from parallel.mesh import World
 from trainer import machine
 from trainer.config import Config
-from trainer.loop import open_corpus
+from trainer.loop import mesh_degrees, open_corpus
 
 
 def print_plan(config: Config) -> None:
@@ -19,10 +19,7 @@ def print_plan(config: Config) -> None:
         return
     device = machine.choose_device(config.run.device, world)
     dtype = machine.choose_dtype(config.train.dtype, device)
-    try:
-        replicate, shard = degrees(world.size, config.parallel.replicate, config.parallel.shard)
-    except MeshError as error:
-        raise ConfigError(str(error)) from None
+    replicate, shard = mesh_degrees(config, world)
     share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     if (Path(config.data.dir) / "manifest.json").exists():
         _, tokenizer, loader, steps = open_corpus(config, world, device)

@@ -99,10 +99,7 @@ def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Cor
             f"train.global_batch_size={config.train.global_batch_size}: fewer sequences than the {world.size} "
             "processes; raise it or start fewer"
         )
-    try:
-        mesh.degrees(world.size, config.parallel.replicate, config.parallel.shard)
-    except mesh.MeshError as error:
-        raise ConfigError(str(error)) from None
+    mesh_degrees(config, world)
     corpus = Corpus.open(config.data.dir)
     corpus.check(config.data)
     tokenizer = corpus.tokenizer()
@@ -112,6 +109,14 @@ def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Cor
     share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     loader = Loader(rows, share, config.train.seed, world.rank, config.data.workers, pin=device.type == "cuda")
     return corpus, tokenizer, loader, steps_of(config, len(rows))
+
+
+def mesh_degrees(config: Config, world: World) -> tuple[int, int]:
+    """(replicate, shard) that the processes make up. Raises ConfigError where they cannot."""
+    try:
+        return mesh.degrees(world.size, config.parallel.replicate, config.parallel.shard)
+    except mesh.MeshError as error:
+        raise ConfigError(str(error)) from None
 
 
 def steps_of(config: Config, rows: int) -> int:

@@ -51,7 +51,12 @@ class ModelConfig(BaseModel):
     tie_embeddings: bool = Field(False, description="the head shares the embedding's weights")
     dropout: float = Field(0.0, ge=0, lt=1, description="of embedding, attention output and block output (1/256 steps)")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights; equal only on the same mesh")
+    noisy_top_k: bool = Field(False, description="learned noise on the router's logits in training (one more matrix)")
     balance_rate: float = Field(0.001, ge=0, description="step of the router's balance bias; 0: no balancing")
+    aux_loss_weight: float = Field(
+        0.0, ge=0, description="of each layer's auxiliary balance loss over the global batch; costs one more forward"
+    )
+    z_loss_weight: float = Field(0.0, ge=0, description="of each router's z-loss, which keeps its logits small")
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -95,6 +100,6 @@ class ModelConfig(BaseModel):
             + self.dim
             + self.n_layers * attention
             + (self.n_layers - moe) * dense
-            + moe * (self.n_experts * self.dim + (expert if self.shared_expert else 0))
+            + moe * (self.n_experts * self.dim * (2 if self.noisy_top_k else 1) + (expert if self.shared_expert else 0))
         )
         return common + moe * self.n_experts * expert, common + moe * self.top_k * expert

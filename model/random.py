@@ -62,6 +62,13 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
     return x.masked_fill(random < threshold, 0.0) * (256 / (256 - threshold))
 
 
+def normal(keys: Tensor, count: int) -> Tensor:
+    """fp32 (B, count) standard normal, a function of (key, place) alone (Box and Muller)."""
+    bits = random_bytes(keys, 8 * count).contiguous().view(torch.int32)  # (B, 2 count)
+    u, v = ((bits >> 8) & 0xFFFFFF).float().add(0.5).mul(2.0**-24).chunk(2, dim=-1)  # inside (0, 1)
+    return (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
+
+
 def random_bytes(keys: Tensor, count: int) -> Tensor:
     """uint8 (B, count), a function of (key, place) alone."""
     word = torch.arange(-(-count // 4), dtype=torch.int32, device=keys.device)

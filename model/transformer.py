@@ -26,6 +26,8 @@ class Output(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     loads: Tensor  # (MoE layers, E) int64: real tokens sent to each expert
+    penalty: Tensor  # what the routers' auxiliary and z-loss add to the loss, a sum like it
+    statistics: Tensor  # (MoE layers, 3), see `moe.Routing`
 
 
 class RMSNorm(nn.Module):
@@ -62,16 +64,19 @@ class Block(nn.Module):
         self.feed_forward = MoE(config) if config.is_moe(layer) else FeedForward(config.dim, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, places: Places, real: Tensor, keys: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, S, D) -> (B, S, D), loads (E,) of an MoE block."""
-        x = x + dropout(self.attention(self.attention_norm(x), places, cache), self.dropout, keys, ATTENTION)
-        h, loads = self.feed_forward_norm(x), None
+        self, x: Tensor, places: Places, real: Tensor, keys: Tensor | None, cache: KVCache | None, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x (B, S, D) -> (B, S, D), and of an MoE block loads (E,) and statistics (3,)."""
+        x = x + dropout(self.attend(x, places, cache), self.dropout, keys, ATTENTION)
+        h, loads, statistics = self.feed_forward_norm(x), None, None
         if isinstance(self.feed_forward, MoE):
-            h, loads = self.feed_forward(h, real)
+            h, loads, statistics = self.feed_forward(h, real, keys, shares)
         else:
             h = self.feed_forward(h)
-        return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads
+        return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads, statistics
+
+    def attend(self, x: Tensor, places: Places, cache: KVCache | None) -> Tensor:
+        return self.attention(self.attention_norm(x), places, cache)
 
 
 class Head(nn.Module):
@@ -113,11 +118,13 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         keys: Tensor | None = None,
         caches: list[KVCache] | None = None,
+        shares: Tensor | None = None,
     ) -> Output:
         """Loss of tokens (B, S) against targets (B, S), or logits without targets.
 
         positions (B or 1, S) default to 0..S-1, or to what follows the caches; documents (B, S) keep attention inside
-        each story; keys (B,) are the sequences' random keys (`sequence_keys`), None for no dropout.
+        each story; keys (B,) are the sequences' random keys (`sequence_keys`), None for no dropout and no noise;
+        shares (MoE layers, E) are the load shares of the global batch that the auxiliary loss takes.
         """
         if positions is None:
             start = caches[0].length if caches else 0
@@ -126,15 +133,21 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.compute_dtype)
         places = Places.of(self.config, positions, documents, x.dtype)
         x = dropout(x, self.config.dropout, keys, EMBEDDING)
-        loads = []
+        loads: list[Tensor] = []
+        statistics: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            layer_keys = None if keys is None or not self.config.dropout else fold(keys, i + 1)
-            x, layer_loads = block(x, places, real, layer_keys, caches[i] if caches else None)
-            if layer_loads is not None:
-                loads.append(layer_loads)
+            layer_keys = None if keys is None else fold(keys, i + 1)
+            layer_shares = None if shares is None else shares[len(loads)]
+            x, load, statistic = block(x, places, real, layer_keys, caches[i] if caches else None, layer_shares)
+            if load is not None and statistic is not None:
+                loads.append(load)
+                statistics.append(statistic)
         result = self.head(x, targets, self.embedding.weight)
-        stacked = torch.stack(loads) if loads else torch.zeros(0, self.config.n_experts, dtype=torch.int64)
-        return Output(None, result, stacked) if targets is None else Output(result, None, stacked)
+        load = torch.stack(loads) if loads else torch.zeros(0, self.config.n_experts, dtype=torch.int64)
+        statistic = torch.stack(statistics) if statistics else torch.zeros(0, 3)
+        penalty = (self.config.z_loss_weight * statistic[:, 1] + self.config.aux_loss_weight * statistic[:, 2]).sum()
+        loss, logits = (None, result) if targets is None else (result, None)
+        return Output(loss, logits, load, penalty, statistic)
 
     def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
         """Empty key-value caches for `capacity` tokens, one a layer."""
@@ -162,13 +175,13 @@ class Transformer(nn.Module):
         return c.dim**-0.5
 
     @torch.no_grad()
-    def init_weights(self, seed: int, local: Callable[[Tensor], tuple[Tensor, Window]] | None = None) -> None:
+    def init_weights(self, seed: int, local: Callable[[str, Tensor], tuple[Tensor, Window]] | None = None) -> None:
         """Fill all weights and buffers by (seed, name): bitwise the same however the weights are sharded.
 
-        `local(parameter)` gives the part that lies here and its window in the whole; by default all of it.
+        `local(name, parameter)` gives the part that lies here and its window in the whole; by default all of it.
         """
         for name, parameter in self.named_parameters():
-            part, window = local(parameter) if local else (parameter, [(0, n) for n in parameter.shape])
+            part, window = local(name, parameter) if local else (parameter, [(0, n) for n in parameter.shape])
             std = self.initial_std(name)
             if std == 0.0:
                 part.fill_(1.0)

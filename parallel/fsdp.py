@@ -2,56 +2,95 @@
 
 Built on the meta device, sharded, then filled in place: no process ever holds the whole. Units: each block, the head,
 and the root with the embedding; a small model is one unit; under bf16 each router is one more, which stays fp32 or near
-ties would flip. Gradients are plain sums over the ranks, since the loss is already divided by the count of all tokens.
+ties would flip. With expert parallelism the experts of a layer are a unit of their own over the ranks that share them;
+where nobody does they are no matter of FSDP. Gradients are plain sums over the ranks, since the loss is already divided
+by the count of all tokens.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.config import ModelConfig
-from model.moe import MoE
+from model.moe import Experts, MoE
 from model.random import Window
 from model.transformer import Transformer
+from parallel.experts import Owners, distribute, logical
+from parallel.mesh import Mesh
+from parallel.recompute import recompute
 
 SMALL = 1 << 26  # bytes of weights up to which a model is gathered and reduced as one: messages cost more than waiting
 
 
 def build(
-    config: ModelConfig, vocab_size: int, seed: int, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None,
+    overlap: bool = True,
+    again: str = "none",
 ) -> Transformer:
-    """The model with its initial weights (fp32), computing in `dtype`, sharded over `mesh` if there is one."""
+    """The model with its initial weights (fp32), computing in `dtype`, spread over `mesh` if there is one.
+
+    overlap lets the exchange of rows run beside the shared expert; `again` is train.recompute.
+    """
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
     model.compute_dtype = dtype
+    recompute(model, again)
     if mesh is not None:
+        if mesh.sparse is not None:
+            distribute(model, Owners(config.n_experts, mesh.degrees.expert), mesh.sparse, overlap)
         _shard(model, mesh, dtype)
     model.to_empty(device=device)
-    model.init_weights(seed, _local)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for weight in module.parameters():
+                local(weight).zero_()  # dead slots stay so
+    model.init_weights(seed, lambda name, parameter: _window(logical(model, name, parameter)))
     return model
 
 
-def _shard(model: Transformer, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    small = sum(p.numel() * p.element_size() for p in model.parameters()) <= SMALL
+def _shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
+    def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    dense: dict[str, Any] = {"mesh": mesh.dense, "mp_policy": policy(dtype)}
+    if mesh.sparse is not None:
+        ours = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+        dense["ignored_params"] = ours
     for block in model.blocks:
-        if isinstance(block.feed_forward, MoE) and dtype != torch.float32:
-            fully_shard(block.feed_forward.router, mesh=mesh, mp_policy=exact)
-        if not small:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    if not small:  # the head's backward comes at once
-        fully_shard(model.head, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        if isinstance(block.feed_forward, MoE):
+            if dtype != torch.float32:
+                fully_shard(block.feed_forward.router, **{**dense, "mp_policy": policy(torch.float32)})
+            if mesh.sparse is not None and mesh.degrees.replicate * mesh.degrees.rest > 1:
+                names = tuple(n for n in mesh.sparse.mesh_dim_names or () if n != "expert")
+                fully_shard(
+                    block.feed_forward.experts, mesh=mesh.sparse[names], mp_policy=policy(dtype),
+                    shard_placement_fn=lambda weight: _placement(weight, mesh.degrees.rest),
+                )  # fmt: skip
+        if size > SMALL:
+            fully_shard(block, **dense)
+    if size > SMALL:  # the head's backward comes at once
+        fully_shard(model.head, **dense, reshard_after_forward=False)
+    fully_shard(model, **dense, reshard_after_forward=False)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _placement(weight: Tensor, rest: int) -> Shard:
+    """The first dimension of each expert's matrix that the ranks divide; `mesh.degrees` saw to it that there is one."""
+    return next(Shard(d) for d in (1, 2) if weight.shape[d] % rest == 0)
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:
@@ -64,14 +103,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _local(parameter: Tensor) -> tuple[Tensor, Window]:
-    """This rank's part of a parameter, and its window in the whole."""
-    part = local(parameter)
-    if not isinstance(parameter, DTensor):
-        return part, [(0, n) for n in parameter.shape]
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+def _window(tensor: Tensor) -> tuple[Tensor, Window]:
+    """This rank's part of a tensor, and its window in the whole."""
+    part = local(tensor)
+    if not isinstance(tensor, DTensor):
+        return part, [(0, n) for n in part.shape]
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return part, [(o, o + n) for o, n in zip(offset, shape, strict=True)]
 
 

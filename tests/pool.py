@@ -9,8 +9,9 @@ import importlib
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -28,21 +29,30 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(self._workers[:world]):
                 pipe.send((function, kwargs, rank, world, folder))
-            answers = [self._answer(rank, pipe, timeout) for rank, (_, pipe) in enumerate(self._workers[:world])]
+            answers = self._answers(world, timeout)
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failed:
             self.close()
             raise AssertionError("\n".join(failed))
         return [value for _, value in answers]
 
-    def _answer(self, rank: int, pipe: Connection, timeout: float) -> tuple[bool, Any]:
-        try:
-            if pipe.poll(timeout):
-                return pipe.recv()
-        except EOFError:
-            self._workers[rank][0].join(5)
-            return False, f"died with exit code {self._workers[rank][0].exitcode}"
-        return False, f"no answer in {timeout} s"
+    def _answers(self, world: int, timeout: float) -> list[tuple[bool, Any]]:
+        """What each rank says, or why it says nothing; once one has failed the others have seconds left."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout
+        while len(answers) < world and (left := end - time.monotonic()) > 0:
+            waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world]) if rank not in answers}
+            for pipe in wait(list(waiting), left):
+                assert isinstance(pipe, Connection)
+                rank = waiting[pipe]
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    self._workers[rank][0].join(5)
+                    answers[rank] = False, f"died with exit code {self._workers[rank][0].exitcode}"
+                if not answers[rank][0]:
+                    end = min(end, time.monotonic() + 3)
+        return [answers.get(rank, (False, "no answer")) for rank in range(world)]
 
     def close(self) -> None:
         for process, pipe in self._workers:

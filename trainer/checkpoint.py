@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from data.config import UserError
 from model.transformer import Transformer
+from parallel.experts import logical
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8})")
@@ -34,11 +35,11 @@ MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
 
 def tensors(model: Transformer, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """All that a checkpoint holds, by name: views of the live tensors, so that loading into them sets them."""
-    named: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            for key, value in optimizer.state[parameter].items():
-                named[f"optim.{key}.{name}"] = value
+    named: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        named[name] = logical(model, name, parameter.detach())
+        for key, value in optimizer.state[parameter].items() if optimizer is not None else ():
+            named[f"optim.{key}.{name}"] = logical(model, name, value) if value.ndim else value
     named.update({name: b for name, b in model.named_buffers()})
     return named
 

@@ -37,10 +37,15 @@ class TrainConfig(Section):
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     seed: int = Field(0, description="of weights, data order, dropout and samples")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the products: auto | float32 | bfloat16; weights and sums stay float32"
+        "auto",
+        description="of the products: auto | float32 | bfloat16 | float16 (with loss scaling); weights and sums stay "
+        "float32",
     )
     reduce: Literal["once", "every"] = Field(
         "once", description="reduce gradients once a step, or at every micro-batch (slower, less memory)"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="run parts of the forward again in the backward, for less memory: none | selective | full"
     )
     max_skipped: Positive = Field(10, description="stop after this many steps in a row without a finite gradient")
 
@@ -50,8 +55,6 @@ class TrainConfig(Section):
             raise ValueError(f"steps={self.steps}, epochs={self.epochs}: give exactly one of train.steps, train.epochs")
         if self.min_lr > self.max_lr:
             raise ValueError(f"min_lr={self.min_lr}: above max_lr={self.max_lr}")
-        if self.dtype == "float16":
-            raise ValueError("dtype=float16: needs loss scaling, which this version has not; use bfloat16 or float32")
         return self
 
 
@@ -60,6 +63,10 @@ class ParallelConfig(Section):
 
     replicate: Positive = Field(1, description="copies of the sharded model (HSDP)")
     shard: Positive | Literal["auto"] = Field("auto", description="ranks that share one copy (FSDP2); auto: the rest")
+    expert: Positive | Literal["auto"] = Field(
+        "auto", description="ranks that the experts are spread over; divides shard; auto: the most that fit a node well"
+    )
+    overlap: bool = Field(True, description="send rows to the experts while the shared expert works")
 
 
 class CheckpointConfig(Section):

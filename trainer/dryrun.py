@@ -6,10 +6,12 @@ import torch
 
 from data.config import dump
 from data.loader import Share
-from parallel.mesh import World
+from parallel import mesh
+from parallel.experts import Owners
+from parallel.mesh import Degrees, World
 from trainer import machine
 from trainer.config import Config
-from trainer.loop import mesh_degrees, open_corpus
+from trainer.start import degrees, open_corpus
 
 
 def print_plan(config: Config) -> None:
@@ -19,7 +21,7 @@ def print_plan(config: Config) -> None:
         return
     device = machine.choose_device(config.run.device, world)
     dtype = machine.choose_dtype(config.train.dtype, device)
-    replicate, shard = mesh_degrees(config, world)
+    d = degrees(config, world)
     share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     if (Path(config.data.dir) / "manifest.json").exists():
         _, tokenizer, loader, steps = open_corpus(config, world, device)
@@ -31,9 +33,16 @@ def print_plan(config: Config) -> None:
     print(dump(config.sections()))
     tokens = share.global_batch_size * config.data.seq_len
     length = f"{steps:,} steps, {steps * tokens:,} tokens" if steps else "steps are known when the corpus is"
-    need, free = memory_needed(config, vocab_size, dtype, shard, share.rows), machine.free_memory(device)
+    need, free = memory_needed(config, vocab_size, dtype, d, share.rows), machine.free_memory(device)
     here = "" if free is None else f"; free here: {_gib(free)}" + ("" if device.type == "cuda" else " for all ranks")
-    print(f"mesh        {world.size} processes: replicate {replicate} x shard {shard}, on {machine.describe(device)}")
+    print(f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, "
+          f"on {machine.describe(device)}")  # fmt: skip
+    if config.model.moe_layers:
+        owners = Owners(config.model.n_experts, d.expert)
+        print(f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
+              f"({owners.waste - 1:.0%} more than needed), each sharded over {d.rest}")  # fmt: skip
+    if advice := mesh.advice(config.model, d):
+        print(f"            {advice}")
     print(f"parameters  {total:,} in all, {active:,} active a token; products in {str(dtype)[6:]}")
     print(f"memory      about {_gib(need)} a rank{here}")
     print(f"batch       {tokens:,} tokens: {share.micro_batches} micro-batches of {share.rows} rows a rank, "
@@ -41,21 +50,27 @@ def print_plan(config: Config) -> None:
     print(f"run         {length}; corpus: {corpus}; folder {config.run.folder}")
 
 
-def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, shard: int, rows: int) -> int:
+def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, d: Degrees, rows: int) -> int:
     """Bytes a rank needs, roughly: weights and optimizer state, gradients, gathered weights, activations."""
     model, train = config.model, config.train
     total, _ = model.parameter_counts(vocab_size)
-    several = -(-train.global_batch_size // shard) > train.micro_batch_size and train.reduce == "once"
-    state = 12 * total // shard  # fp32 weights and two moments
-    grads = 4 * total // (1 if several else shard)  # summed unsharded between micro-batches
-    if shard == 1:
-        gathered = 0
-    else:
-        block = model.model_copy(update={"n_layers": 1, "moe_every": min(1, model.moe_every)}).parameter_counts(0)[0]
+    expert, moe = 3 * model.dim * model.expert_dim, len(model.moe_layers)
+    dense = total - moe * model.n_experts * expert
+    slots = moe * Owners(model.n_experts, d.expert).slots * expert  # of the experts' ranks, before they are sharded
+    several = -(-train.global_batch_size // (d.replicate * d.shard)) > train.micro_batch_size and train.reduce == "once"
+    held = dense // d.shard + slots // d.rest
+    state = 12 * held  # fp32 weights and two moments
+    grads = 4 * (dense + slots if several else held)  # summed unsharded between micro-batches
+    gathered = 0
+    if d.shard > 1:
+        block = dense // model.n_layers + (slots // max(1, moe) if d.rest > 1 else 0)
         gathered = 2 * dtype.itemsize * max(block, vocab_size * model.dim)
     tokens = rows * config.data.seq_len
-    hidden = (model.top_k + model.shared_expert) * model.expert_dim
-    width = 14 * model.dim + 2 * model.head * (model.n_heads + 2 * model.kv_heads) + 5 * hidden
+    attention = 6 * model.dim + 2 * model.head * (model.n_heads + 2 * model.kv_heads)
+    hidden = model.expert_dim * (4 * model.top_k + 4 * model.shared_expert)
+    if train.recompute != "none":  # what is kept of a part is what goes into it
+        attention, hidden = 2 * model.dim, model.expert_dim * (4 if train.recompute == "selective" else 1)
+    width = attention + hidden + (4 + 2 * model.top_k) * model.dim
     return state + grads + gathered + tokens * width * model.n_layers * dtype.itemsize + tokens * model.dim * 16
 
 

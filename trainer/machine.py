@@ -23,11 +23,11 @@ def choose_device(wish: str, world: World) -> torch.device:
 
 
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on CUDA from sm80, else fp32, unless a short trial shows that this CPU is faster in bf16."""
+    """`auto` is bf16 on CUDA from sm80, fp16 below; on a CPU fp32, unless a short trial shows that bf16 is faster."""
     if wish != "auto":
-        return torch.float32 if wish == "float32" else torch.bfloat16
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wish]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.bfloat16 if _bf16_pays() else torch.float32
 
 

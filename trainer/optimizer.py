@@ -1,9 +1,11 @@
-"""AdamW (arXiv:1711.05101) and the learning rate, which is a function of the step alone."""
+"""AdamW (arXiv:1711.05101), the learning rate, which is a function of the step alone, and the loss scale of fp16."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.config import TrainConfig
 
@@ -24,14 +26,15 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     Norms are not decayed, nor is the embedding: a step touches few of its rows, and decay would shrink the rest.
     """
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        (kept if parameter.ndim < 2 or name == "embedding.weight" else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        decays = parameter.ndim >= 2 and name != "embedding.weight"
+        kind = isinstance(parameter, DTensor)  # fused AdamW takes a group of one kind only
+        groups.setdefault((decays, kind), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+        [{"params": p, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), p in groups.items()],
+        lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
+    )  # fmt: skip
     for parameter in model.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -39,3 +42,36 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by, so that small gradients survive fp16 (arXiv:1710.03740); else 1, and stays so.
+
+    Halved when a gradient is not finite, doubled after PATIENCE steps in a row that are.
+    """
+
+    value: float = 1.0
+    good: int = 0  # finite steps since the last change
+    on: bool = False
+
+    PATIENCE = 1000
+    LARGEST = 2.0**24
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "LossScale":
+        return cls(2.0**16, on=True) if dtype == torch.float16 else cls()
+
+    @property
+    def can_fall(self) -> bool:
+        return self.on and self.value > 1
+
+    def update(self, finite: bool) -> None:
+        """After a step."""
+        if not self.on:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.good >= self.PATIENCE:
+            self.value, self.good = min(self.LARGEST, 2 * self.value), 0

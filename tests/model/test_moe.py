@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.moe import Experts, MoE, Router, can_group, grouped_product
+from model.moe import MoE, Router, Stay, can_group, grouped_product
 
 
 def make(dtype=torch.float64, **keys):
@@ -45,7 +45,7 @@ def test_equals_the_definition_token_by_token(n_experts, top_k, shared, seed, ma
     x = torch.randn(2, 7, 8, generator=g, dtype=torch.float64, requires_grad=True)
     real = torch.rand(2, 7, generator=g) >= masked
     weights = [x, *moe.parameters()]
-    out, loads = moe(x, real)
+    out, loads, _ = moe(x, real)
     want = by_token(moe, x, real)
     torch.testing.assert_close(out, want)
     direction = torch.randn(out.shape, generator=g, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_equals_the_definition_token_by_token(n_experts, top_k, shared, seed, ma
 def test_every_weight_gets_a_gradient_without_any_token():
     """An idle process must take part in the reduction of every weight."""
     moe = make(torch.float32)
-    out, loads = moe(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool))
+    out, loads, _ = moe(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool))
     out.sum().backward()
     assert int(loads.sum()) == 0
     assert all(p.grad is not None for p in moe.parameters())
@@ -66,7 +66,7 @@ def test_every_weight_gets_a_gradient_without_any_token():
 
 def test_router_gets_a_gradient_with_top_1():
     moe = make()
-    out, _ = moe(torch.randn(2, 3, 8, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool))
+    out, _, _ = moe(torch.randn(2, 3, 8, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool))
     out.square().sum().backward()
     assert moe.router.weight.grad.abs().max() > 0
 
@@ -76,7 +76,7 @@ def test_bias_changes_the_choice_and_not_the_score():
     torch.nn.init.normal_(router.weight)
     x, real = torch.randn(20, 8), torch.ones(20, dtype=torch.bool)
     router.bias[2] = 100.0
-    scores, experts, loads = router(x, real)
+    scores, experts, loads, _ = router(x, real, None, None)
     assert (experts == 2).all() and loads.tolist() == [0, 0, 20, 0]
     torch.testing.assert_close(scores[:, 0], (x @ router.weight[2]).sigmoid())
 
@@ -87,7 +87,7 @@ def test_router_decides_in_fp32_whatever_the_activations():
     with torch.no_grad():
         router.weight[1] = router.weight[0] * (1 + 1e-4)  # bf16 cannot tell the two apart
     x = torch.randn(50, 8).bfloat16()
-    scores, experts, _ = router(x, torch.ones(50, dtype=torch.bool))
+    scores, experts, _, _ = router(x, torch.ones(50, dtype=torch.bool), None, None)
     assert scores.dtype == torch.float32
     exact = (x.double() @ router.weight.double().t()).argmax(-1)
     assert (experts[:, 0] == exact).all()
@@ -97,8 +97,8 @@ def test_padding_counts_in_no_load():
     moe = make(torch.float32)
     x, real = torch.randn(1, 10, 8), torch.zeros(1, 10, dtype=torch.bool)
     real[0, :3] = True
-    _, padded = moe(x, real)
-    _, alone = moe(x[:, :3], real[:, :3])
+    _, padded, _ = moe(x, real)
+    _, alone, _ = moe(x[:, :3], real[:, :3])
     assert torch.equal(padded, alone) and int(padded.sum()) == 3
 
 
@@ -132,17 +132,34 @@ def test_odd_widths_take_the_loop():
     torch.testing.assert_close(grouped_product(rows, weight, torch.tensor([1, 3]))[1:], rows[1:] @ weight[1])
 
 
-def test_the_seam_takes_the_rows():
+def test_the_seam_takes_the_rows_and_the_shared_expert_works_meanwhile():
     moe = make()
     x, real = torch.randn(2, 3, 8, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
-    alone, _ = moe(x, real)
-    seen = []
+    alone, _, _ = moe(x, real)
+    events = []
 
-    def exchange(rows, counts):
-        seen.append((len(rows), counts.tolist()))
-        return moe.experts(rows, counts)
+    class Watched(Stay):
+        def __init__(self, rows, loads):
+            super().__init__(rows, loads)
+            events.append(("out", len(rows), loads.tolist()))
 
-    moe.exchange = exchange
-    through, loads = moe(x, real)
-    assert torch.equal(alone, through) and seen == [(6, loads.tolist())]
-    assert isinstance(moe.experts, Experts)
+        def arrive(self):
+            events.append("arrive")
+            return super().arrive()
+
+        def send_back(self, rows):
+            super().send_back(rows)
+            events.append("back")
+
+        def home(self):
+            events.append("home")
+            return super().home()
+
+    def note(name, method):
+        return lambda x: (events.append(name), method(x))[1]
+
+    moe.exchange = Watched
+    moe.shared.widen, moe.shared.narrow = note("widen", moe.shared.widen), note("narrow", moe.shared.narrow)
+    through, loads, _ = moe(x, real)
+    assert torch.equal(alone, through)
+    assert events == [("out", 6, loads.tolist()), "widen", "arrive", "back", "narrow", "home"]

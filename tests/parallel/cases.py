@@ -6,7 +6,8 @@ import torch
 
 from model.config import ModelConfig
 from parallel import fsdp, gradients, mesh
-from parallel.mesh import World, make_mesh
+from parallel.experts import logical
+from parallel.mesh import World, degrees, make_mesh
 from trainer.checkpoint import digest
 
 SMALL = dict(
@@ -15,12 +16,12 @@ SMALL = dict(
 VOCAB = 40
 
 
-def build(replicate=1, dtype=torch.float32, small=0, **keys):
+def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, recompute="none", **keys):
     """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
-    world = World.from_environment()
-    layout = make_mesh(world, torch.device("cpu"), replicate, "auto")
+    world, config, cpu = World.from_environment(), ModelConfig(**{**SMALL, **keys}), torch.device("cpu")
+    layout = make_mesh(degrees(world, config, replicate, "auto", expert), cpu)
     with mock.patch.object(fsdp, "SMALL", small):  # set back at once: these processes serve other tests too
-        return fsdp.build(ModelConfig(**{**SMALL, **keys}), VOCAB, 3, torch.device("cpu"), dtype, layout), world
+        return fsdp.build(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute), world
 
 
 def initial_digest(**keys) -> str:
@@ -46,8 +47,8 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
     square, loss = gradients.sum_over_ranks(gradients.sum_of_squares(parts, replicate), loss)
     grads = {}
     for name, p in model.named_parameters():
-        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        grads[name] = grad.numpy()
+        grad = logical(model, name, p.grad)
+        grads[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).numpy()
     return {"grads": grads, "norm": float(square.sqrt()), "loss": float(loss)}
 
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel.mesh import MeshError, degrees
 from tests.parallel import cases
 
 
@@ -30,12 +29,18 @@ CASES = [
     (3, {"reduce": "every", "shared_expert": False}),
     (4, {"replicate": 2}),
     (4, {"replicate": 2, "reduce": "every", "moe_every": 1}),
+    (2, {"expert": 2}),
+    (2, {"expert": 2, "top_k": 2, "small": 1 << 30, "recompute": "full"}),
+    (3, {"expert": 3, "reduce": "every", "shared_expert": False}),
+    (4, {"expert": 2, "top_k": 2}),
+    (4, {"expert": 4, "n_experts": 2}),
+    (4, {"replicate": 2, "expert": 2, "reduce": "every", "overlap": False}),
 ]
 
 
 @pytest.mark.parametrize("world, keys", CASES)
 def test_gradients_equal_those_of_one_process(pool, world, keys):
-    model_keys = {k: v for k, v in keys.items() if k not in ("replicate", "small")}
+    model_keys = {k: v for k, v in keys.items() if k not in ("replicate", "small", "expert", "overlap", "recompute")}
     want = cases.one_step(**model_keys)
     for got in pool.run(world, "tests.parallel.cases:one_step", **keys):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
@@ -62,14 +67,6 @@ def test_gathered_weights_are_given_back(pool, keys):
 
 def test_rank_0_decides_where_minds_differ(pool):
     assert pool.run(3, "tests.parallel.cases:agreed") == [(True, False)] * 3
-
-
-def test_degrees_that_do_not_fit_are_refused():
-    assert degrees(8, 2, "auto") == (2, 4) and degrees(6, 1, 6) == (1, 6)
-    with pytest.raises(MeshError, match="parallel.replicate=3: does not divide the 8 processes"):
-        degrees(8, 3, "auto")
-    with pytest.raises(MeshError, match="parallel.shard=3: .* leave 4"):
-        degrees(8, 2, 3)
 
 
 def test_gradient_is_that_of_the_mean_over_real_tokens():

@@ -61,7 +61,8 @@ def build(
 
 def _shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
     def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
-        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        wide = torch.promote_types(dtype, torch.float32)
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
 
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     dense: dict[str, Any] = {"mesh": mesh.dense, "mp_policy": policy(dtype)}
@@ -70,7 +71,7 @@ def _shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
         dense["ignored_params"] = ours
     for block in model.blocks:
         if isinstance(block.feed_forward, MoE):
-            if dtype != torch.float32:
+            if dtype.itemsize < 4:
                 fully_shard(block.feed_forward.router, **{**dense, "mp_policy": policy(torch.float32)})
             if mesh.sparse is not None and mesh.degrees.replicate * mesh.degrees.rest > 1:
                 names = tuple(n for n in mesh.sparse.mesh_dim_names or () if n != "expert")

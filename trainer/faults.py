@@ -11,8 +11,9 @@ class StopFlag:
     A context: the handlers of before come back when it is left.
     """
 
+    asked = False
+
     def __enter__(self) -> "StopFlag":
-        self.asked = False
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
         self._before = {number: signal.signal(number, self._handle) for number in signals}
         return self

@@ -1,11 +1,23 @@
 """Runs of seconds for the pool's processes, and for this one."""
 
 from pathlib import Path
+from typing import Any
 
-from trainer.checkpoint import complete, digest
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from model.moe import Router
+from parallel import fsdp, mesh
+from parallel.mesh import World
+from trainer.checkpoint import complete, digest, tensors
 from trainer.config import Config, read_config
+from trainer.faults import StopFlag
 from trainer.loop import train
-from trainer.metrics import read_lines
+from trainer.metrics import Reporter, read_lines
+from trainer.optimizer import LossScale, make_optimizer
+from trainer.start import Run, degrees, open_corpus
+from trainer.step import train_step
 
 MODEL = ["model.dim=16", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16", "model.n_experts=5"]
 MODEL += ["model.nope_every=2", "model.max_seq_len=512", "model.balance_rate=0.01"]
@@ -46,3 +58,57 @@ def last_digest(folder: Path) -> str:
     from trainer.evaluate import load_model
 
     return digest(load_model(complete(folder / "checkpoints")[-1])[0])
+
+
+Steps = tuple[list[dict[str, Any]], dict[str, np.ndarray], float]
+
+
+def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
+    """Five optimizer steps without a run folder, 12 rows each in two micro-batches.
+
+    Returns what each says, the weights, and the smallest distance between an expert that was chosen and one that was
+    not: rounding may turn near ties, so that layouts can be compared only where there was none.
+    """
+    world, cpu, compute = World.from_environment(), torch.device("cpu"), getattr(torch, dtype)
+    size = -(-12 // (2 * world.size))
+    settings = ["train.steps=5", "train.global_batch_size=12", f"train.micro_batch_size={size}", "model.dropout=0.1"]
+    c = config(Path(corpus), Path("none"), *settings, "train.clip=0.3", "train.warmup_steps=2", *more)
+    torch.set_default_dtype(torch.float64 if compute == torch.float64 else torch.float32)
+    try:
+        opened, tokenizer, loader, _ = open_corpus(c, world, cpu)
+        d = degrees(c, world)
+        model = fsdp.build(
+            c.model, tokenizer.vocab_size, c.train.seed, cpu, compute, mesh.make_mesh(d, cpu), c.parallel.overlap,
+            c.train.recompute,
+        )  # fmt: skip
+        quiet = Reporter(Path("none"), c.log, "none", False)
+        run = Run(
+            c, world, cpu, compute, opened, tokenizer, loader, 5, model, make_optimizer(model, c.train), d,
+            LossScale.of(compute), quiet, StopFlag(),
+        )  # fmt: skip
+        gaps = [float("inf")]
+        for module in model.modules():
+            if isinstance(module, Router) and world.size == 1:
+                module.register_forward_hook(lambda router, inputs, _: gaps.append(narrowest(router, *inputs)))
+        model.train()
+        told = [train_step(run, loader.step(step)).fields for step in range(5)]
+        whole = {k: t.full_tensor() if isinstance(t, DTensor) else t for k, t in tensors(model).items()}
+        return told, {k: t.numpy() for k, t in whole.items()}, min(gaps)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
+def narrowest(router: Router, x: torch.Tensor, real: torch.Tensor, *_: object) -> float:
+    """How far the last expert that was chosen is from the next, for the token where it is nearest."""
+    scores = (x[real].to(router.weight.dtype) @ router.weight.t()).sigmoid() + router.bias
+    best = scores.topk(min(router.top_k + 1, scores.shape[1]), dim=-1).values
+    if best.shape[1] == router.top_k or not len(best):
+        return float("inf")
+    return float((best[:, -2] - best[:, -1]).min())
+
+
+def many_steps(corpus: str, cases: list[tuple[str, list[str]]]) -> list[Steps]:
+    """`steps` for each (dtype, more) of a list; only rank 0 sends the weights back."""
+    done = [steps(corpus, dtype, more) for dtype, more in cases]
+    return done if World.from_environment().rank == 0 else [(told, {}, gap) for told, _, gap in done]

@@ -1,0 +1,122 @@
+"""Optimizer steps on many processes against one: losses, weights, biases, whatever the layout."""
+
+import numpy as np
+import pytest
+
+from tests.trainer import cases
+
+STEPS = "tests.trainer.cases:many_steps"
+MESHES = [(2, 1, 2), (3, 1, 3), (4, 1, 2), (4, 1, 4), (4, 2, 2)]  # world, replicate, expert
+SHAPES = [(n, k) for n in (1, 2, 5, 7, 31) for k in (1, 2) if k <= n]  # experts, top-k
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def alone_steps(corpus_dir):
+    """`steps` of one process, each case once, by the first seed without a near tie; and that seed's word."""
+    known = {}
+
+    def get(dtype, *more):
+        if (dtype, more) not in known:
+            for seed in range(20):
+                word = f"train.seed={seed}"
+                result = cases.steps(str(corpus_dir), dtype, [*more, word])
+                if result[2] > 2e-6:
+                    break
+            known[dtype, more] = result, word
+        return known[dtype, more]
+
+    return get
+
+
+def compare(got, want, tolerance):
+    (told, weights, _), (told_alone, weights_alone, _) = got, want
+    for a, b in zip(told, told_alone, strict=True):
+        for key in ("loss", "grad_norm", "router_entropy", "z_loss", "aux_loss"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=tolerance), key
+        for key in ("expert_load_max", "idle_experts"):
+            assert a[key] == b[key]
+    assert set(weights) == set(weights_alone)
+    for name, weight in weights_alone.items():
+        assert weights[name].shape == weight.shape
+        if "bias" in name:
+            assert np.array_equal(weights[name], weight), name
+        else:
+            distance = np.linalg.norm(weights[name] - weight) / np.linalg.norm(weight)
+            assert distance <= tolerance, (name, distance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, replicate, expert", MESHES)
+def test_five_steps_equal_those_of_one_process(pool, corpus_dir, alone_steps, world, replicate, expert):
+    """Accumulation over two micro-batches, an active clip, balance, dropout 0.1."""
+    shapes = [(f"model.n_experts={n}", f"model.top_k={k}") for n, k in SHAPES]
+    mesh = [f"parallel.replicate={replicate}", f"parallel.expert={expert}"]
+    wants = [alone_steps("float32", *shape) for shape in shapes]
+    wanted = [("float32", [*shape, *mesh, seed]) for shape, (_, seed) in zip(shapes, wants, strict=True)]
+    results = pool.run(world, STEPS, corpus=str(corpus_dir), cases=wanted)
+    for got, (want, _) in zip(results[0], wants, strict=True):
+        compare(got, want, 1e-5)
+    for other in results[1:]:  # the norm and so the clip are bitwise the same everywhere
+        for (told, _, _), (first, _, _) in zip(other, results[0], strict=True):
+            assert [x["grad_norm"] for x in told] == [x["grad_norm"] for x in first]
+
+
+@pytest.mark.slow
+def test_five_steps_in_fp64_agree_to_the_last_digits(pool, corpus_dir, alone_steps):
+    """The loop of products instead of the grouped one; rounding hides no bug here."""
+    shape = ["model.n_experts=31", "model.top_k=2"]
+    want, seed = alone_steps("float64", *shape)
+    for world, expert in ((4, 2), (4, 4)):
+        case = ("float64", [*shape, seed, f"parallel.expert={expert}"])
+        compare(pool.run(world, STEPS, corpus=str(corpus_dir), cases=[case])[0][0], want, 1e-10)
+
+
+ROUTERS = ["model.aux_loss_weight=0.01", "model.z_loss_weight=0.001", "model.noisy_top_k=true", "model.top_k=2"]
+
+
+@pytest.mark.slow
+def test_options_change_no_result_by_layout(pool, corpus_dir, alone_steps):
+    """Auxiliary loss, z-loss and noise; recomputation; no overlap; one micro-batch or several; reduced at each."""
+    want, seed = alone_steps("float64", *ROUTERS)
+    layouts = [
+        [],
+        ["train.recompute=full", "train.reduce=every"],
+        ["train.recompute=selective", "parallel.overlap=false"],
+        ["train.micro_batch_size=6"],
+        ["train.micro_batch_size=1", "train.recompute=full"],
+    ]
+    wanted = [("float64", [*ROUTERS, seed, "parallel.expert=2", *layout]) for layout in layouts]
+    for got in pool.run(2, STEPS, corpus=str(corpus_dir), cases=wanted)[0]:
+        compare(got, want, 1e-10)
+    compare(cases.steps(str(corpus_dir), "float64", [*ROUTERS, seed, *layouts[1]]), want, 1e-10)
+    assert all(x["z_loss"] > 0 and x["aux_loss"] >= 1 for x in want[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_trains_with_experts_on_other_ranks(pool, corpus_dir, alone_steps, dtype):
+    want, seed = alone_steps("float32")
+    wanted = [(dtype, [seed, "parallel.expert=2", f"train.recompute={mode}"]) for mode in ("none", "full")]
+    plain, again = pool.run(2, STEPS, corpus=str(corpus_dir), cases=wanted)[0]
+    for a, b in zip(plain[0], want[0], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+    assert [x["loss"] for x in plain[0]] == [x["loss"] for x in again[0]]
+    assert all(w.dtype == np.float32 for w in plain[1].values())
+
+
+@pytest.mark.slow
+def test_metrics_of_the_experts(alone_steps):
+    (told, _, _), _ = alone_steps("float32", "model.n_experts=31", "model.top_k=1", "log.every=2")
+    assert ["expert_loads" in x for x in told] == [False, True, False, True, False]
+    loads = np.array(told[1]["expert_loads"])
+    assert loads.shape == (2, 31) and loads.dtype == np.int64 and len(set(loads.sum(1))) == 1
+    assert told[1]["idle_experts"] == (loads == 0).sum()
+    assert told[1]["expert_load_max"] == pytest.approx((loads.max(1) / loads.mean(1)).max())
+    assert 0 < told[1]["router_entropy"] <= np.log(31) and told[1]["rank_load_max"] == 1.0

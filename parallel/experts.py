@@ -109,18 +109,18 @@ class ExpertTrip:
     """The way of one layer's rows, see the top of this file."""
 
     def __init__(self, exchange: Exchange, rows: Tensor, loads: Tensor) -> None:
-        owners, group = exchange.owners, exchange.group
+        owners = exchange.owners
         outgoing = owners.by_rank(loads)  # (ranks, slots)
         incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=group)
+        dist.all_to_all_single(incoming, outgoing, group=exchange.group)
         to, come = exchange.sizes(outgoing, incoming)
         self.counts = incoming.sum(0)  # (slots,)
         slot = torch.arange(owners.slots, device=rows.device).repeat(owners.ranks)
         slot = slot.repeat_interleave(incoming.flatten(), output_size=sum(come))  # of each row as it comes
         self.order = torch.argsort(slot, stable=True)
         self.inverse = torch.argsort(self.order)
-        self.out = _Leg(group, to, come, (len(rows), sum(come)), exchange.overlap)
-        self.back = _Leg(group, come, to, (sum(come), len(rows)), exchange.overlap)
+        self.out = _Leg("out", exchange, to, come, (len(rows), sum(come)))
+        self.back = _Leg("home", exchange, come, to, (sum(come), len(rows)))
         self.token = _Start.apply(rows, self.out)
 
     def arrive(self) -> tuple[Tensor, Tensor]:
@@ -143,17 +143,16 @@ class _Leg:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, to: list[int], come: list[int], lengths: tuple[int, int], overlap: bool
+        self, name: str, exchange: Exchange, to: list[int], come: list[int], lengths: tuple[int, int]
     ) -> None:
-        self.group, self.to, self.come, self.lengths, self.overlap = group, to, come, lengths, overlap
+        self.name, self.group, self.overlap = name, exchange.group, exchange.overlap
+        self.to, self.come, self.lengths = to, come, lengths
         self.flight: tuple[Any, Tensor, Tensor] | None = None  # the work, what arrives, what left
 
     def start(self, rows: Tensor, reverse: bool = False) -> None:
         to, come, length = (self.come, self.to, self.lengths[0]) if reverse else (self.to, self.come, self.lengths[1])
         arriving, leaving = rows.new_empty(length, rows.shape[1]), rows.contiguous()[: sum(to)]
-        work = dist.all_to_all_single(
-            arriving[: sum(come)], leaving, come, to, group=self.group, async_op=True
-        )  # fmt: skip
+        work = dist.all_to_all_single(arriving[: sum(come)], leaving, come, to, group=self.group, async_op=True)
         self.flight = (work, arriving, leaving)
         if not self.overlap:
             work.wait()

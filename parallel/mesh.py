@@ -90,16 +90,14 @@ def _sizes(model: ModelConfig) -> list[tuple[int, int]]:
     return [(model.dim, 2 * model.expert_dim), (model.expert_dim, model.dim)]  # gate_up and down
 
 
-def advice(model: ModelConfig, degrees: Degrees) -> str | None:
+def advice(world: World, model: ModelConfig, chosen: Degrees) -> str | None:
     """A line for degrees that leave more than a tenth of the experts' slots dead, with the better degree."""
-    owners = Owners(model.n_experts, degrees.expert)
+    owners = Owners(model.n_experts, chosen.expert)
     if owners.waste <= WASTE:
         return None
-    better = min(
-        expert_degrees(model, degrees.shard), key=lambda e: (Owners(model.n_experts, e).waste > WASTE, -e)
-    )  # the largest that is good
+    better = degrees(world, model, chosen.replicate, chosen.shard, "auto").expert
     return (
-        f"parallel.expert={degrees.expert}: {owners.slots} slots on each rank for {model.n_experts} experts are "
+        f"parallel.expert={chosen.expert}: {owners.slots} slots on each rank for {model.n_experts} experts are "
         f"{owners.waste - 1:.0%} more than needed; parallel.expert={better} would waste "
         f"{Owners(model.n_experts, better).waste - 1:.0%}"
     )

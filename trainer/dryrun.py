@@ -41,7 +41,7 @@ def print_plan(config: Config) -> None:
         owners = Owners(config.model.n_experts, d.expert)
         print(f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
               f"({owners.waste - 1:.0%} more than needed), each sharded over {d.rest}")  # fmt: skip
-    if advice := mesh.advice(config.model, d):
+    if advice := mesh.advice(world, config.model, d):
         print(f"            {advice}")
     print(f"parameters  {total:,} in all, {active:,} active a token; products in {str(dtype)[6:]}")
     print(f"memory      about {_gib(need)} a rank{here}")

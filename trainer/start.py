@@ -149,7 +149,7 @@ def begin(run: Run, newest: Path | None, notes: list[str], threads: int) -> None
     run.report.say("fresh" if newest is None else f"resumed from step {run.step}")
     for note in notes:
         run.report.say(note)
-    if config.parallel.expert != "auto" and (advice := mesh.advice(config.model, run.degrees)):
+    if advice := mesh.advice(run.world, config.model, run.degrees):
         run.report.say(advice)
     d, dtype = run.degrees, str(run.dtype).removeprefix("torch.")
     run.report.say(

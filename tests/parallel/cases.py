@@ -3,11 +3,16 @@
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
+from model.moe import Experts, MoE
 from parallel import fsdp, gradients, mesh
-from parallel.experts import logical
+from parallel.experts import Exchange, Owners, _Leg, distribute, logical
 from parallel.mesh import World, degrees, make_mesh
+from parallel.recompute import recompute
 from trainer.checkpoint import digest
 
 SMALL = dict(
@@ -83,3 +88,166 @@ def gathered_leaves_the_model_sharded(**keys):
     sharded = all(hasattr(p, "placements") for p in model.parameters())
     model(tokens, tokens).loss.backward()
     return sharded, all(torch.equal(x, outside) for x in inside), all(p.grad is not None for p in model.parameters())
+
+
+def exchange(counts, nobodys, dtype, overlap):
+    """Rows through the exchange and the experts of their owners, against all experts at home.
+
+    counts (ranks, E) rows of each rank for each expert, nobodys (ranks,) rows beyond them. Returns the largest
+    differences of results, of the rows' gradients and of the weights' gradients, and whether nothing is in flight.
+    """
+    world, dtype = World.from_environment(), getattr(torch, dtype)
+    n_experts, mine = len(counts[0]), torch.tensor(counts[world.rank])
+    owners = Owners(n_experts, world.size)
+    config = ModelConfig(dim=8, n_heads=2, expert_dim=4, n_experts=n_experts)
+    home, away = Experts(config).to(dtype), Experts(config).to(dtype)
+    first, owned = world.rank * owners.slots, owners.owned(world.rank)
+    for name, weight in home.named_parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+        slots = torch.zeros(owners.slots, *weight.shape[1:], dtype=dtype)
+        slots[:owned] = weight.detach()[first : first + owned]
+        setattr(away, name, torch.nn.Parameter(slots))
+    g, n = torch.Generator().manual_seed(2 + world.rank), int(mine.sum())
+    rows = torch.randn(n + nobodys[world.rank], 8, dtype=dtype, generator=g, requires_grad=True)
+    direction = torch.randn(n, 8, dtype=dtype, generator=g)
+    other = rows.detach().clone().requires_grad_()
+    want = home(rows, mine)[:n]
+    (want * direction).sum().backward()
+    trip = Exchange(owners, init_device_mesh("cpu", (world.size,), mesh_dim_names=("expert",)), overlap)(other, mine)
+    trip.send_back(away(*trip.arrive()))
+    got = trip.home()
+    assert got.shape == rows.shape
+    (got[:n] * direction).sum().backward()
+
+    def most(x):
+        return float(x.detach().abs().max()) if x.numel() else 0.0
+
+    differences = [most(got[:n] - want), most((other.grad - rows.grad)[:n])]
+    for weight, slots in zip(home.parameters(), away.parameters(), strict=True):
+        dist.all_reduce(weight.grad)
+        differences.append(most(slots.grad[:owned] - weight.grad[first : first + owned]))
+        differences.append(most(slots.grad[owned:]))
+    return differences, trip.out.flight is None and trip.back.flight is None
+
+
+def moe(world, mode, overlap=True, **keys):
+    """An MoE whose experts are spread over all ranks, without FSDP, and its recomputation."""
+    config = ModelConfig(**{**SMALL, "moe_every": 1, "n_layers": 1, "n_experts": 3, **keys})
+    with torch.device("meta"):
+        model = fsdp.Transformer(config, VOCAB)
+    recompute(model, mode)
+    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("expert",))
+    distribute(model, Owners(config.n_experts, world.size), mesh, overlap)
+    model.to_empty(device="cpu")
+    model.init_weights(0)  # the experts of all ranks are alike here
+    inner = model.blocks[0].feed_forward
+    assert isinstance(inner, MoE)
+    return inner
+
+
+def events(mode, overlap):
+    """What happens in one forward and backward of an MoE, in order; starts that were done when they returned."""
+    inner, told, done = moe(World.from_environment(), mode, overlap), [], []
+    start, finish, widen, narrow = _Leg.start, _Leg.finish, inner.shared.widen, inner.shared.narrow
+
+    def watched_start(leg, rows, reverse=False):
+        start(leg, rows, reverse)
+        told.append(f"{leg.name} start")
+        done.append(leg.flight[0].is_completed())
+
+    def watched_finish(leg):
+        told.append(f"{leg.name} finish")
+        return finish(leg)
+
+    inner.shared.widen = lambda x: (widen(x), told.append("widen"))[0]
+    inner.shared.narrow = lambda x: (narrow(x), told.append("narrow"))[0]
+    inner.shared.gate_up.register_hook(lambda grad: told.append("widen"))
+    inner.shared.down.register_hook(lambda grad: told.append("narrow"))
+    inner.experts.down.register_hook(lambda grad: told.append("experts"))
+    x = torch.randn(2, 8, SMALL["dim"], requires_grad=True)
+    with mock.patch.object(_Leg, "start", watched_start), mock.patch.object(_Leg, "finish", watched_finish):
+        out, _, _ = inner(x, torch.ones(2, 8, dtype=torch.bool))
+        told.append("backward")
+        out.sum().backward()
+    return told, done
+
+
+class Wire(TorchDispatchMode):
+    """Counts messages by kind, and the bytes that this rank sends to others in each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages, self.bytes = {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.count(func.__name__.split(".")[0], args)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name, args):
+        self.messages[name] = self.messages.get(name, 0) + 1
+        if name == "alltoall_base_":
+            _, leaving, group, _, to, *_ = args
+            group = dist.ProcessGroup.unbox(group)
+            to = to or [len(leaving) // group.size()] * group.size()
+            size = (sum(to) - to[group.rank()]) * leaving[0].numel() * leaving.element_size() if len(leaving) else 0
+        elif name in ("_allgather_base_", "_reduce_scatter_base_"):
+            whole = max(args[0].numel() * args[0].element_size(), args[1].numel() * args[1].element_size())
+            ranks = dist.ProcessGroup.unbox(args[2]).size()
+            size = whole * (ranks - 1) // ranks
+        else:
+            return
+        self.bytes[name] = self.bytes.get(name, 0) + size
+
+
+def wire(micro_batches=2, **keys):
+    """Messages and bytes of one step, by kind, and the loads (layers, E) of this rank's tokens in it."""
+    model, world = build(**keys)
+    model.train()
+    tokens = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(world.rank))
+    loads = 0
+    with Wire() as seen:
+        for number in range(micro_batches):
+            fsdp.reduce_gradients(model, number == micro_batches - 1)
+            output = model(tokens, tokens)
+            output.loss.backward()
+            loads = loads + output.loads
+    return seen.messages, seen.bytes, loads.tolist()
+
+
+def choice_is_kept(mode):
+    """Gradients of a batch of one repeated token, plainly, and with biases that change before the backward."""
+    world, x, grads = World.from_environment(), torch.ones(2, 8, SMALL["dim"]), []
+    for change in (0.0, 1.0):
+        inner = moe(world, mode)
+        y = x.clone().requires_grad_()
+        out, loads, _ = inner(y, torch.ones(2, 8, dtype=torch.bool))
+        inner.router.bias -= change * loads  # a recomputed choice would now be another one
+        out.square().sum().backward()
+        grads.append([y.grad.clone(), *(p.grad.clone() for p in inner.parameters())])
+    return all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), int((loads > 0).sum())
+
+
+def forced(to, **keys):
+    """Two steps with all tokens sent to one expert, and none of them real on the last rank: loads and gradients."""
+    model, world = build(**keys)
+    for block in model.blocks:
+        if isinstance(block.feed_forward, MoE):
+            block.feed_forward.router.bias[to] = 10.0
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    targets = tokens if world.rank < world.size - 1 else torch.full_like(tokens, -100)
+    for _ in range(2):
+        output = model(tokens, targets)
+        output.loss.backward()
+    finite = all(bool(fsdp.local(p.grad).isfinite().all()) for p in model.parameters())
+    return output.loads.tolist(), finite
+
+
+def whole_experts(**keys):
+    """Shapes of the experts' weights as this rank has them, and as the whole model knows them."""
+    model, _ = build(**keys)
+    found = {}
+    for name, p in model.named_parameters():
+        if ".experts." in name:
+            found[name] = tuple(fsdp.local(p).shape), tuple(logical(model, name, p).shape)
+    return found

@@ -163,3 +163,47 @@ def test_the_seam_takes_the_rows_and_the_shared_expert_works_meanwhile():
     through, loads, _ = moe(x, real)
     assert torch.equal(alone, through)
     assert events == [("out", 6, loads.tolist()), "widen", "arrive", "back", "narrow", "home"]
+
+
+def test_statistics_are_those_of_the_definitions_and_leave_padding_out():
+    """Entropy, (logsumexp)^2 and E sum_e f_e p_e, summed over real tokens, with the last two's gradient."""
+    moe = make(aux_loss_weight=1.0)
+    x, real = torch.randn(2, 9, 8, dtype=torch.float64), torch.rand(2, 9) < 0.6
+    shares = torch.tensor([0.5, 0.2, 0.1, 0.2, 0.0], dtype=torch.float64)
+    _, _, statistics = moe(x, real, None, shares)
+    logits = x[real] @ moe.router.weight.t()
+    p = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    want = [-(p * p.log()).sum(), logits.logsumexp(-1).square().sum(), 5 * (p @ shares).sum()]
+    torch.testing.assert_close(statistics, torch.stack(want))
+    got = torch.autograd.grad(statistics[1] + statistics[2], moe.router.weight)
+    torch.testing.assert_close(got, torch.autograd.grad(want[1] + want[2], moe.router.weight))
+    moe.eval()
+    assert not moe(x, real)[2].any()
+
+
+def test_equal_experts_have_an_auxiliary_loss_of_one_and_very_low_scores_stay_finite():
+    """No epsilon that scores could hide below."""
+    moe = make(aux_loss_weight=1.0)
+    torch.nn.init.zeros_(moe.router.weight)
+    x, real = torch.randn(1, 6, 8, dtype=torch.float64), torch.ones(1, 6, dtype=torch.bool)
+    uniform = torch.full((5,), 0.2, dtype=torch.float64)
+    assert moe(x, real, None, uniform)[2][2].item() == pytest.approx(6)
+    torch.nn.init.constant_(moe.router.weight, -1e4)
+    statistics = moe(x.abs(), real, None, torch.eye(5, dtype=torch.float64)[0])[2]
+    assert statistics.isfinite().all()
+
+
+def test_noise_belongs_to_training_and_to_its_place():
+    """arXiv:1701.06538, equation 4: logits plus standard normal times softplus(x W_noise), and a gradient for it."""
+    moe = make(noisy_top_k=True)
+    x, real, keys = torch.randn(3, 4, 8, dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool), torch.arange(3)
+    noisy, loads, _ = moe(x, real, keys)
+    part, _, _ = moe(x[1:2], real[1:2], keys[1:2])
+    torch.testing.assert_close(part, noisy[1:2])
+    noisy.sum().backward()
+    assert moe.router.noise.grad.abs().max() > 0
+    other, _, _ = moe(x, real, keys + 7)
+    assert not torch.equal(other, noisy)
+    moe.eval()
+    quiet, _, _ = moe(x, real, keys)
+    assert torch.equal(quiet, moe(x, real)[0]) and not torch.equal(quiet, noisy)

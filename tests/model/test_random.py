@@ -1,6 +1,6 @@
 import torch
 
-from model.random import dropout, fold, initial_normal, random_bytes, sequence_keys
+from model.random import dropout, fold, initial_normal, normal, random_bytes, sequence_keys
 
 
 def test_initial_values_are_the_same_in_any_window():
@@ -49,3 +49,11 @@ def test_random_bytes_look_random():
     rows = (x @ x.t() / 4096 - torch.eye(256)).abs().max()  # sequences against each other
     shifted = (x[:, 1:] * x[:, :-1]).mean().abs()
     assert rows < 0.1 and shifted < 0.01
+
+
+def test_normal_numbers_are_normal_and_belong_to_their_key():
+    x = normal(torch.arange(40), 5000)
+    assert x.isfinite().all() and abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
+    assert abs((x.abs() < 1).float().mean() - 0.6827) < 0.01 and 4 < x.abs().max() < 6
+    assert torch.equal(normal(torch.tensor([7]), 5000)[0], x[7])
+    assert abs(torch.corrcoef(x).fill_diagonal_(0)).max() < 0.08

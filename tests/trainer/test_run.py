@@ -71,10 +71,12 @@ def test_resumed_runs_end_as_if_never_stopped(pool, corpus_dir, plain, tmp_path,
         assert cases.last_digest(plain) == cases.last_digest(tmp_path / "whole")
 
 
-def test_resume_at_another_number_of_processes(pool, corpus_dir, plain, tmp_path):
+@pytest.mark.parametrize("moves", [[(3, 1, 7), (2, 1, 13)], [(4, 4, 5), (3, 3, 9), (4, 2, 12), (2, 2, 16)]])
+def test_resume_at_another_number_of_processes(pool, corpus_dir, plain, tmp_path, moves):
     words = ["run.name=move", "model.dropout=0.1"]
-    for world, stop in ((3, 7), (2, 13)):
-        pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, f"train.stop_at={stop}"])
+    for world, expert, stop in moves:
+        more = [*words, f"parallel.expert={expert}", f"train.stop_at={stop}"]
+        pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
     assert cases.run(corpus_dir, tmp_path, *words) == 0
     np.testing.assert_allclose(cases.losses(tmp_path / "move"), cases.losses(plain), rtol=1e-5)
 
@@ -174,6 +176,43 @@ def test_a_damaged_checkpoint_is_named(corpus_dir, plain, tmp_path):
     shard.write_bytes(shard.read_bytes()[:2000])
     with pytest.raises(UserError, match="step-00000020: cannot be read"):
         cases.run(corpus_dir, tmp_path, "run.name=bad", "model.dropout=0.1", "train.steps=30")
+
+
+@pytest.mark.slow
+def test_31_experts_on_6_ranks_are_saved_and_go_on_elsewhere(pool, corpus_dir, tmp_path):
+    """Experts over 2 ranks, each sharded over 3, in a second dimension; some ranks of 4 own 7 of them."""
+    words = ["model.n_experts=31", "model.expert_dim=24", "train.steps=4", "train.global_batch_size=12"]
+    assert cases.run(corpus_dir, tmp_path, "run.name=one", *words) == 0
+    for world, expert, stop in ((6, 2, 2), (4, 4, 3), (1, 1, 4)):
+        more = ["run.name=many", *words, f"parallel.expert={expert}", f"train.stop_at={stop}"]
+        if world > 1:
+            pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
+    assert cases.run(corpus_dir, tmp_path, *more) == 0
+    np.testing.assert_allclose(cases.losses(tmp_path / "many"), cases.losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_dead_slots_are_not_saved(pool, corpus_dir, tmp_path):
+    from safetensors import safe_open
+
+    more = ["run.name=dead", "train.steps=3", "parallel.expert=4"]
+    pool.run(4, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
+    wanted = [f"{kind}blocks.0.feed_forward.experts.down" for kind in ("", "optim.exp_avg.", "optim.exp_avg_sq.")]
+    rows = []
+    for path in complete(tmp_path / "dead" / "checkpoints")[-1].glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            rows += [(name, len(file.get_tensor(name))) for name in wanted if name in file.keys()]  # noqa: SIM118
+    assert all(sum(n for name, n in rows if name == one) == 5 for one in wanted)
+
+
+def test_a_wasteful_degree_is_warned_of(corpus_dir, tmp_path, monkeypatch, capsys):
+    from trainer.dryrun import print_plan
+
+    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    print_plan(cases.config(corpus_dir, tmp_path, "parallel.expert=4"))
+    out = capsys.readouterr().out
+    assert "experts     5 over 4 ranks, 2 slots each (60% more than needed)" in out
+    assert out.count("parallel.expert=1 would waste 0%") == 1
 
 
 def test_checkpoints_hold_logical_shapes_and_no_pickle(pool, corpus_dir, tmp_path):

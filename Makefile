@@ -9,12 +9,13 @@ export PYTHONDONTWRITEBYTECODE =
 python = .venv/bin/python
 installed = .venv/installed-$(EXTRAS)
 
-.PHONY: help train test test-quick lint clean
+.PHONY: help train test test-quick bench lint clean
 
 help:
 	@echo "make train        data, then training:  CONFIG=$(CONFIG) N=$(N) (processes) ARGS='section.key=value ...'"
 	@echo "make test         the whole test suite:  ARGS='-k router' and other pytest options"
 	@echo "make test-quick   the tests that are not marked slow"
+	@echo "make bench        speed as ratios, measured in one run (minutes): a table, and bench.json"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove .venv and caches; runs and corpora stay"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv (default: the newest of 3.11 to 3.14)"
@@ -45,6 +46,9 @@ test: $(installed)
 
 test-quick: $(installed)
 	@$(python) -m pytest -m "not slow" $(ARGS)
+
+bench: $(installed)
+	@$(python) -m tests.bench $(ARGS)
 
 lint: $(installed)
 	@$(python) -m ruff check .

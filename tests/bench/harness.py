@@ -1,0 +1,58 @@
+"""Timing in turns: every figure is a ratio of medians measured in one run, never a bound in a test."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Figure:
+    """One line of the table. Seconds are medians, spread is (third - first quartile) / median of ours."""
+
+    name: str
+    ours: float  # seconds
+    other: float  # seconds
+    ratio: float  # of medians, the way `meaning` says
+    spread: float
+    meaning: str
+    wanted: str
+
+    def row(self) -> str:
+        times = f"{1e3 * self.ours:.1f} ms | {1e3 * self.other:.1f} ms"
+        ratio = f"{self.ratio:.2f} | ±{50 * self.spread:.0f}%"
+        return f"| {self.name} | {times} | {ratio} | {self.meaning} | {self.wanted} |"
+
+    def json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+HEAD = "| what | ours | other | ratio | spread | of what | aim |\n|---|---|---|---|---|---|---|"
+
+
+def in_turns(cases: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each case, called in turns so that slow spells fall on all; a first round is to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(repeats + 1):
+        for name, call in cases.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(seconds: list[float]) -> float:
+    """The middle half of the times over their median."""
+    if len(seconds) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / middle
+
+
+def figure(
+    name: str, ours: list[float], other: list[float], meaning: str, wanted: str, inverse: bool = False
+) -> Figure:
+    """ratio = ours / other, or other / ours where `inverse` (a share of a floor's speed, a speed-up)."""
+    a, b = statistics.median(ours), statistics.median(other)
+    return Figure(name, a, b, b / a if inverse else a / b, spread(ours), meaning, wanted)

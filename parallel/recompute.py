@@ -5,8 +5,8 @@ in the same order as without.
 - `selective`: the norm and attention; the experts' SwiGLU.
 - `full`: besides, the second norm; the router with the rows that it lays out, whose choice is kept, or near ties could
   fall otherwise the second time; the first half of the shared expert, and a dense feed-forward.
-What a layer keeps under `full`: its two inputs, the second norm's output, the rows that arrived, the shared expert's
-hidden layer, and the results that came home.
+What a layer keeps under `full`: its two inputs, the second norm's output, the rows that arrived, and the shared
+expert's hidden layer.
 """
 
 from functools import partial

@@ -70,22 +70,31 @@ def test_recomputation_keeps_the_choice(pool, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world, keys", [(2, {"expert": 2}), (4, {"expert": 2}), (4, {"expert": 4, "replicate": 1})])
-def test_bytes_on_the_wire_are_those_of_the_formula(pool, world, keys):
-    """docs/parallel.md: four ways of the rows whose expert is elsewhere, and the counts; and FSDP's own."""
-    expert, dim = keys["expert"], cases.SMALL["dim"]
+@pytest.mark.parametrize("world, expert", [(2, 2), (4, 2), (4, 4)])
+def test_bytes_on_the_wire_are_those_of_the_formula(pool, world, expert):
+    """docs/parallel.md, for two micro-batches, reduced once, and blocks that are units of their own."""
+    micro_batches, dim, ranks, rest = 2, cases.SMALL["dim"], world, world // expert
     owners = Owners(cases.SMALL["n_experts"], expert)
-    results = pool.run(world, CASES + "wire", **keys)
+    results = pool.run(world, CASES + "wire", expert=expert)
     loads = torch.tensor([r[2] for r in results])  # (ranks, layers, E)
-    layers, micro_batches = loads.shape[1], 2
-    assert layers == 1
+    blocks = others = experts = 0  # numbers in units
+    for name, p in cases.build()[0].named_parameters():
+        if ".experts." in name:
+            experts += owners.slots * p[0].numel()
+            continue
+        padded = -(-p.shape[0] // ranks) * ranks * p[0].numel()  # dim 0 is cut into equal parts
+        blocks, others = (blocks + padded, others) if name.startswith("blocks") else (blocks, others + padded)
+    gathered = micro_batches * (2 * blocks + others) * (ranks - 1) // ranks
+    reduced = (blocks + others) * (ranks - 1) // ranks
+    gathered += micro_batches * 2 * experts * (rest - 1) // rest
+    reduced += experts * (rest - 1) // rest
     for rank, (_, seen, _) in enumerate(results):
         place, group = rank % expert, slice(rank - rank % expert, rank - rank % expert + expert)
         by_owner = owners.by_rank(loads[group]).sum((1, 3))  # (source, owner)
-        sent = int(by_owner[place].sum() - by_owner[place, place])
-        received = int(by_owner[:, place].sum() - by_owner[place, place])
-        counts = layers * micro_batches * (expert - 1) * owners.slots * 8
-        assert seen["alltoall_base_"] == 2 * (sent + received) * dim * 4 + counts
+        away = int(by_owner[place].sum() + by_owner[:, place].sum() - 2 * by_owner[place, place])
+        counts = loads.shape[1] * micro_batches * (expert - 1) * owners.slots * 8
+        assert seen["alltoall_base_"] == 2 * away * dim * 4 + counts
+        assert seen["_allgather_base_"] == 4 * gathered and seen["_reduce_scatter_base_"] == 4 * reduced
 
 
 @pytest.mark.slow

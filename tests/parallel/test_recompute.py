@@ -1,0 +1,58 @@
+"""Recomputation: less is kept, and nothing else changes."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from model.attention import Places
+from model.config import ModelConfig
+from model.random import sequence_keys
+from parallel import fsdp
+
+CPU, ROWS, LENGTH = torch.device("cpu"), 4, 32
+SHAPE = dict(dim=16, n_heads=2, expert_dim=64, ffn_dim=64, n_experts=4, n_layers=2, max_seq_len=LENGTH, moe_every=2)
+
+
+def build(mode, **keys):
+    model = fsdp.build(ModelConfig(**{**SHAPE, **keys}), 40, 0, CPU, torch.float32, None, again=mode)
+    return model.train()
+
+
+def kept(model, layer):
+    """Numbers a token that one block holds between forward and backward, its result among them."""
+    config = model.config
+    places = Places.of(config, torch.arange(LENGTH)[None], None, torch.float32)
+    x, real = torch.randn(ROWS, LENGTH, config.dim, requires_grad=True), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        out = model.blocks[layer](x, places, real, None, None, None)
+    assert out[0].requires_grad
+    return sum(e.self_cpu_memory_usage for e in seen.key_averages()) / (4 * ROWS * LENGTH)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_each_mode_keeps_less(layer):
+    """docs/parallel.md: 16 D + 8 F, 6 D + 4 F and 4 D + F of an MoE layer; small things beside them."""
+    dim, hidden = 64, 256
+    modes = ("none", "selective", "full")
+    none, selective, full = (kept(build(mode, dim=dim, expert_dim=hidden), layer) for mode in modes)
+    assert full < selective < none
+    if layer == 1:
+        for numbers, (d, f) in zip((none, selective, full), ((16, 8), (6, 4), (4, 1)), strict=True):
+            assert numbers == pytest.approx(d * dim + f * hidden, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("keys", [{}, {"top_k": 2, "aux_loss_weight": 0.1, "noisy_top_k": True}])
+def test_loss_and_gradients_stay(mode, keys):
+    tokens = torch.randint(0, 40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    random, shares, results = sequence_keys(0, 0, torch.arange(ROWS)), torch.full((1, 4), 0.25), []
+    for one in ("none", mode):
+        model = build(one, dropout=0.1, attention_dropout=0.1, **keys)
+        torch.manual_seed(5)  # of attention's dropout, which the second run must draw alike
+        output = model(tokens, tokens, keys=random, shares=shares)
+        (output.loss + output.penalty).backward()
+        results.append((output.loss, output.loads, [p.grad for p in model.parameters()]))
+    (loss, loads, grads), (loss_again, loads_again, grads_again) = results
+    assert torch.equal(loss, loss_again) and torch.equal(loads, loads_again)
+    for a, b in zip(grads, grads_again, strict=True):
+        torch.testing.assert_close(a, b)

@@ -38,7 +38,7 @@ def test_each_mode_keeps_less(layer):
     assert full < selective < none
     if layer == 1:
         for numbers, (d, f) in zip((none, selective, full), ((16, 8), (6, 4), (4, 1)), strict=True):
-            assert numbers == pytest.approx(d * dim + f * hidden, rel=0.05)
+            assert numbers == pytest.approx(d * dim + f * hidden, rel=0.12)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -69,7 +69,7 @@ def router_dtypes(**keys):
     seen = {}
     moe = next(b.feed_forward for b in model.blocks if hasattr(b.feed_forward, "router"))
     moe.router.register_forward_hook(lambda m, i, out: seen.update(weight=m.weight.dtype, scores=out[0].dtype))
-    moe.experts.register_forward_hook(lambda m, i, out: seen.update(experts=m.down.dtype, rows=out.dtype))
+    moe.experts.register_forward_hook(lambda m, i, out: seen.update(experts=m.down.to(out).dtype, rows=out.dtype))
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     loss = model(tokens, tokens).loss
     loss.backward()
@@ -170,6 +170,31 @@ def events(mode, overlap):
         told.append("backward")
         out.sum().backward()
     return told, done
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operations that would make the host wait for a device."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in self.WAIT:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(mode):
+    """Operations of an MoE's forward and backward that wait, and how often the sizes of the exchange were read."""
+    inner, reads = moe(World.from_environment(), mode, expert_dim=16), []
+    sizes = Exchange.sizes
+    x = torch.randn(2, 8, SMALL["dim"], requires_grad=True)
+    with mock.patch.object(Exchange, "sizes", lambda *a: (reads.append(1), sizes(*a))[1]), HostReads() as host:
+        inner(x, torch.ones(2, 8, dtype=torch.bool))[0].sum().backward()
+    return host.seen, len(reads)
 
 
 class Wire(TorchDispatchMode):

@@ -63,6 +63,12 @@ def test_recomputation_repeats_no_message(pool, mode):
         assert messages["alltoall_base_"] == 2 * 3 * 5
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_the_host_waits_for_the_sizes_alone(pool, mode):
+    """Where products are grouped, as on CUDA in bf16; what waits there shows here too, by its name."""
+    assert pool.run(2, CASES + "host_reads", mode=mode) == [([], 1)] * 2
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_keeps_the_choice(pool, mode):
     for equal, used in pool.run(2, CASES + "choice_is_kept", mode=mode):

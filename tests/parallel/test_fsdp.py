@@ -53,9 +53,10 @@ def test_norm_is_bitwise_the_same_on_all_ranks(pool):
     assert len({got["norm"] for got in pool.run(3, "tests.parallel.cases:one_step")}) == 1
 
 
-def test_router_stays_fp32_under_bf16(pool):
+@pytest.mark.parametrize("keys", [{}, {"expert": 2}, {"expert": 2, "recompute": "full"}])
+def test_router_stays_fp32_under_bf16(pool, keys):
     want = dict(weight="torch.float32", scores="torch.float32", experts="torch.bfloat16", rows="torch.bfloat16")
-    for seen in pool.run(2, "tests.parallel.cases:router_dtypes"):
+    for seen in pool.run(2, "tests.parallel.cases:router_dtypes", **keys):
         assert seen == {**want, "loss": "torch.float32", "grad": "torch.float32"}
 
 

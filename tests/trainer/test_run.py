@@ -71,11 +71,14 @@ def test_resumed_runs_end_as_if_never_stopped(pool, corpus_dir, plain, tmp_path,
         assert cases.last_digest(plain) == cases.last_digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("moves", [[(3, 1, 7), (2, 1, 13)], [(4, 4, 5), (3, 3, 9), (4, 2, 12), (2, 2, 16)]])
+MOVES = [[(3, 1, 1, 7), (2, 1, 1, 13)], [(4, 1, 4, 4), (3, 1, 3, 8), (4, 2, 2, 11), (4, 1, 2, 14), (2, 1, 2, 17)]]
+
+
+@pytest.mark.parametrize("moves", MOVES)
 def test_resume_at_another_number_of_processes(pool, corpus_dir, plain, tmp_path, moves):
     words = ["run.name=move", "model.dropout=0.1"]
-    for world, expert, stop in moves:
-        more = [*words, f"parallel.expert={expert}", f"train.stop_at={stop}"]
+    for world, replicate, expert, stop in moves:
+        more = [*words, f"parallel.replicate={replicate}", f"parallel.expert={expert}", f"train.stop_at={stop}"]
         pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
     assert cases.run(corpus_dir, tmp_path, *words) == 0
     np.testing.assert_allclose(cases.losses(tmp_path / "move"), cases.losses(plain), rtol=1e-5)
@@ -87,7 +90,8 @@ def test_evaluation_changes_nothing_and_is_the_same_at_any_world(pool, corpus_di
     assert cases.run(corpus_dir, tmp_path / "1", *words) == 0
     assert cases.losses(tmp_path / "1" / "eval") == cases.losses(plain)
     assert cases.last_digest(tmp_path / "1" / "eval") == cases.last_digest(plain)
-    pool.run(3, RUN, corpus=str(corpus_dir), runs=str(tmp_path / "3"), more=words)
+    more = [*words, "parallel.expert=3"]  # with samples and evaluations through the exchange
+    pool.run(3, RUN, corpus=str(corpus_dir), runs=str(tmp_path / "3"), more=more)
     one, three = (
         [x for x in read_lines(tmp_path / w / "eval" / "metrics.jsonl") if x["kind"] == "eval"] for w in "13"
     )
@@ -180,10 +184,10 @@ def test_a_damaged_checkpoint_is_named(corpus_dir, plain, tmp_path):
 
 @pytest.mark.slow
 def test_31_experts_on_6_ranks_are_saved_and_go_on_elsewhere(pool, corpus_dir, tmp_path):
-    """Experts over 2 ranks, each sharded over 3, in a second dimension; some ranks of 4 own 7 of them."""
+    """Experts over 2 ranks, each sharded over 3 in another dimension; over all 6; over 4; and on one."""
     words = ["model.n_experts=31", "model.expert_dim=24", "train.steps=4", "train.global_batch_size=12"]
     assert cases.run(corpus_dir, tmp_path, "run.name=one", *words) == 0
-    for world, expert, stop in ((6, 2, 2), (4, 4, 3), (1, 1, 4)):
+    for world, expert, stop in ((6, 2, 1), (6, 6, 2), (4, 4, 3), (1, 1, 4)):
         more = ["run.name=many", *words, f"parallel.expert={expert}", f"train.stop_at={stop}"]
         if world > 1:
             pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)

@@ -3,9 +3,9 @@
     python -m data.prepare [--config FILE] [section.key=value ...]
 
 1. A finished corpus is left as it is: "ready" when settings and source are what it was made of, refused otherwise.
-   What an interrupted run left behind is made anew.
+   An interrupted run goes on after its last finished shard, if settings and source are still the same, else anew.
 2. The tokenizer is trained on the training split, or copied from the path given.
-3. Stories are encoded in batches, decoded again to count those that do not come back, and written to shards.
+3. Stories are encoded by all cores, decoded again to count those that do not come back, and written to shards.
 4. The manifest, written last, makes it a corpus.
 """
 
@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from data.config import DataConfig, UserError, help_text, read
 
 if TYPE_CHECKING:  # at run time inside the functions: numpy and sentencepiece would slow down --help
-    from data.shards import Corpus, Writer
+    from data.shards import Corpus, Progress
     from data.sources import Document, Files, Storybook
     from data.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 4_000_000  # encoded and decoded at a time
 T = TypeVar("T")
 
 
@@ -88,21 +87,33 @@ def alone(folder: Path) -> Iterator[None]:
 
 def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
     """Writes a whole corpus, manifest last. Raises UserError."""
-    from data.shards import MANIFEST, MODEL, Manifest, Writer, settings_of
+    from data.encode import encode
+    from data.shards import MANIFEST, MODEL, PROGRESS, Manifest, Writer, settings_of
     from data.sources import TRAIN, VALIDATION
-    from data.tokenizer import write_aside
+    from data.tokenizer import Tokenizer, write_aside
 
-    for name in (TRAIN, VALIDATION):
-        for old in folder.glob(f"{name}-*.shard*"):
-            old.unlink()
     fingerprint = source.fingerprint()
-    tokenizer = make_tokenizer(config, source, folder / MODEL)
+    progress = begin(config, source, folder, fingerprint)
+    tokenizer = Tokenizer(folder / MODEL)
+    past = {name: info.documents for name, info in progress.splits.items()}
+    if any(past.values()):
+        print(f"data.dir={folder}: going on after {sum(past.values()):,} stories", file=sys.stderr)
+
+    writers: dict[str, Writer] = {}
+
+    def save() -> None:
+        progress.splits.update({name: writer.done for name, writer in writers.items()})
+        write_aside(folder / PROGRESS, progress.model_dump_json(indent=1).encode())
+
     with contextlib.ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(Writer(folder, name, tokenizer, config.shard_tokens))
-            for name in (TRAIN, VALIDATION)
-        }
-        encode(watched("encoding", source, source), tokenizer, writers)
+        for name in (TRAIN, VALIDATION):
+            writer = Writer(folder, name, tokenizer, config.shard_tokens, progress.splits.get(name), save)
+            writers[name] = stack.enter_context(writer)
+        save()
+        encoded = encode(skip(watched("encoding", source, source), past), tokenizer)
+        with contextlib.closing(encoded):
+            for story in encoded:
+                writers[story.split].add(story.ids, story.text_bytes, story.log_prob, story.missed)
     stories = sum(writer.info.documents for writer in writers.values())
     for name, writer in writers.items():
         if not writer.info.documents:
@@ -119,6 +130,43 @@ def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
         splits={name: writer.info for name, writer in writers.items()},
     )
     write_aside(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def begin(config: DataConfig, source: "Storybook | Files", folder: Path, fingerprint: dict[str, str]) -> "Progress":
+    """How far an interrupted run came with the same settings and source; else a new beginning, with a tokenizer.
+
+    Raises UserError.
+    """
+    from data.shards import MODEL, PROGRESS, Progress, settings_of
+    from data.sources import TRAIN, VALIDATION
+    from data.tokenizer import Tokenizer
+
+    wanted = settings_of(config)
+    try:
+        old = Progress.model_validate_json((folder / PROGRESS).read_bytes())
+        same = old.settings == wanted and old.source == fingerprint
+        given = folder / MODEL if config.tokenizer == "train" else Path(config.tokenizer).expanduser()
+        if same and old.tokenizer_hash == Tokenizer(folder / MODEL).hash == Tokenizer(given).hash:
+            return old
+    except (OSError, ValueError, UserError):
+        pass  # none, or not whole
+    (folder / PROGRESS).unlink(missing_ok=True)
+    for name in (TRAIN, VALIDATION):
+        for left in folder.glob(f"{name}-*.shard*"):
+            left.unlink()
+    tokenizer = make_tokenizer(config, source, folder / MODEL)
+    return Progress(settings=wanted, source=fingerprint, tokenizer_hash=tokenizer.hash)
+
+
+def skip(documents: "Iterable[Document]", past: dict[str, int]) -> "Iterator[Document]":
+    """The documents without the first of each split, whose shards are finished."""
+    left = dict(past)
+    for document in documents:
+        if left.get(document.split):
+            left[document.split] -= 1
+        else:
+            yield document
 
 
 def make_tokenizer(config: DataConfig, source: "Storybook | Files", path: Path) -> "Tokenizer":
@@ -130,29 +178,6 @@ def make_tokenizer(config: DataConfig, source: "Storybook | Files", path: Path) 
     else:
         write_aside(path, Tokenizer(Path(config.tokenizer).expanduser()).path.read_bytes())
     return Tokenizer(path)
-
-
-def encode(documents: "Iterable[Document]", tokenizer: "Tokenizer", writers: "dict[str, Writer]") -> None:
-    """Stories -> shards, counting those that do not decode to themselves."""
-    for batch in batches(documents):
-        ids = tokenizer.encode_all([document.text for document in batch])
-        for document, its_ids, decoded in zip(batch, ids, tokenizer.decode_all(ids), strict=True):
-            writer = writers[document.split]
-            writer.add(its_ids, len(document.text.encode()), document.log_prob)
-            writer.info.misses += decoded != document.text
-
-
-def batches(documents: "Iterable[Document]") -> "Iterator[list[Document]]":
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def watched(what: str, source: "Storybook | Files", items: Iterable[T]) -> Iterator[T]:
@@ -209,7 +234,7 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the corpus is unfinished, the same command makes it anew", file=sys.stderr)
+        print("\ninterrupted; the same command goes on after the last finished shard", file=sys.stderr)
         return 130
     except OSError as error:  # disk full, no permission
         print(f"{error.filename or f'data.dir={config.dir}'}: {error.strerror}", file=sys.stderr)

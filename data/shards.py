@@ -7,8 +7,9 @@ A shard, little endian: a header of 128 bytes, then, each at a multiple of 8,
     text_bytes  uint32, documents: UTF-8 bytes of each story
     log_probs   float64, documents: nats, end included; only where the source knows them
 
-A corpus is a folder of shards, `tokenizer.model` and, written last, `manifest.json`: no manifest, no corpus. Shards are
-mapped into memory, a few at a time, since each map holds a file handle and the pages that were touched.
+A corpus is a folder of shards, `tokenizer.model` and, written last, `manifest.json`: no manifest, no corpus. Until then
+`progress.json` tells which shards are finished. Shards are mapped into memory, a few at a time, since each map holds a
+file handle and the pages that were touched.
 """
 
 import functools
@@ -33,7 +34,7 @@ MAGIC, VERSION = b"STORIES\n", 1
 HEADER = struct.Struct("<8sIIIIQQQ32s48x")
 BLOCK = 1 << 20  # bytes of a checksum at a time
 OPEN_SHARDS = 16
-MANIFEST, MODEL = "manifest.json", "tokenizer.model"
+MANIFEST, PROGRESS, MODEL = "manifest.json", "progress.json", "tokenizer.model"
 MAKE = "python -m data.prepare --config FILE, with the same words as here"
 
 
@@ -74,6 +75,16 @@ class Manifest(Record):
         """sha256 hex of all but the settings: paths differ between machines, and what they made is covered."""
         content = self.model_dump(exclude={"settings"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Progress(Record):
+    """How far an unfinished corpus has come: its finished shards, and what they are made of."""
+
+    version: int = VERSION
+    settings: dict[str, str | int]
+    source: dict[str, str]
+    tokenizer_hash: str
+    splits: dict[str, SplitInfo] = {}
 
 
 class Header(NamedTuple):
@@ -168,13 +179,26 @@ class Writer:
     """Stories of a split -> its shards, each ended before the story that would exceed `shard_tokens`.
 
     Tokens go to disk as they come. Leaving the `with` block without an error completes the last shard; `info` is then
-    the split for the manifest.
+    the split for the manifest. `finished` is called when a shard is on disk, before it gets its name: then `done` is
+    the split as far as its shards are finished, and given that a writer goes on after them.
     """
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        done: SplitInfo | None = None,
+        finished: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.split, self.tokenizer, self.shard_tokens = folder, split, tokenizer, shard_tokens
         self.dtype = np.dtype(f"<u{token_bytes(tokenizer.vocab_size)}")
-        self.info = SplitInfo()
+        self.done, self._finished = done or SplitInfo(), finished
+        self.info = self.done.model_copy(deep=True)
+        for shard in self.info.shards[-1:]:  # ended between being finished and having its name
+            if (partial := folder / f"{shard.path}.partial").exists():
+                partial.replace(folder / shard.path)
         self._begin()
 
     def _begin(self) -> None:
@@ -185,9 +209,12 @@ class Writer:
         self._text_bytes: list[int] = []
         self._log_probs: list[float] = []
 
-    def add(self, ids: Sequence[int], text_bytes: int, log_prob: float | None = None) -> None:
+    def add(
+        self, ids: Sequence[int] | np.ndarray, text_bytes: int, log_prob: float | None = None, missed: bool = False
+    ) -> None:
         """One story, without bos and eos, of `text_bytes` UTF-8 bytes. ValueError on an id outside the vocabulary."""
-        story = np.array([self.tokenizer.bos, *ids, self.tokenizer.eos], np.int64)
+        story = np.empty(len(ids) + 2, np.int64)
+        story[0], story[1:-1], story[-1] = self.tokenizer.bos, ids, self.tokenizer.eos
         if story.min() < 0 or story.max() >= self.tokenizer.vocab_size:
             raise ValueError(f"ids from {story.min()} to {story.max()}, vocabulary {self.tokenizer.vocab_size}")
         if text_bytes >= 1 << 32:
@@ -203,6 +230,7 @@ class Writer:
         self.info.documents += 1
         self.info.tokens += len(story)
         self.info.text_bytes += text_bytes
+        self.info.misses += missed
 
     def _write(self, array: np.ndarray) -> None:
         self._crc = zlib.crc32(array.data, self._crc)
@@ -226,8 +254,10 @@ class Writer:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        Path(f"{self._path}.partial").replace(self._path)
         self.info.shards.append(ShardInfo(path=self._path.name, documents=documents, tokens=tokens, crc=header.crc))
+        self.done = self.info.model_copy(deep=True)
+        self._finished()
+        Path(f"{self._path}.partial").replace(self._path)
 
     def _pad(self, offset: int) -> None:
         self._write(np.zeros(offset - self._file.tell(), np.uint8))
@@ -239,8 +269,8 @@ class Writer:
         if kind is None and self._text_bytes:
             self._end()
         self._file.close()
-        if not self.info.documents:
-            Path(self._file.name).unlink()
+        if not self._text_bytes:
+            Path(self._file.name).unlink(missing_ok=True)
 
 
 class Split:

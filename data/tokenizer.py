@@ -19,8 +19,7 @@ from pathlib import Path
 from data.config import UserError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # in the models we train
-SAMPLE_BYTES = 100_000_000  # of text that a training looks at, at most; takes about 5 times that in memory
-THREADS = min(8, os.cpu_count() or 1)
+SAMPLE_BYTES = 20_000_000  # of text that a training looks at, at most; takes about 5 times that in memory
 
 BLANK_MARK = "\u2581"  # stands for a blank inside sentencepiece, which therefore decodes it to one
 UNTRAINABLE = "\0\u2581\u2585"  # a sentence with U+2585 is skipped in training, the others are taken for something else
@@ -140,13 +139,13 @@ class Tokenizer:
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; the threads of C++ share the texts."""
+        """Ids of each text."""
         try:
             for text in texts:
                 text.encode()
         except UnicodeEncodeError:
             raise UserError("a text is not Unicode: it holds a lone surrogate, which has no UTF-8") from None
-        ids = self._sp.encode(list(texts), num_threads=THREADS)
+        ids = self._sp.encode(list(texts), num_threads=1)
         for i, text in enumerate(texts):
             if BLANK_MARK in text and self._blank_mark:
                 first, *others = self._sp.encode(text.split(BLANK_MARK), num_threads=1)
@@ -159,7 +158,7 @@ class Tokenizer:
 
     def decode_all(self, ids: Sequence[list[int]]) -> list[str]:
         """Text of each list of ids."""
-        return self._sp.decode(list(ids), num_threads=THREADS) if ids else []
+        return self._sp.decode(list(ids), num_threads=1) if ids else []
 
     def byte(self, id: int) -> int | None:
         """The byte that a byte piece stands for, None for all other ids."""

@@ -1,10 +1,13 @@
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -236,7 +239,7 @@ def test_an_interrupted_run_says_so_and_can_be_repeated():
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == ""
     assert [line for line in err.splitlines() if line][-1] == (
-        "interrupted; the corpus is unfinished, the same command makes it anew"
+        "interrupted; the same command goes on after the last finished shard"
     )
     assert "Traceback" not in err
     with pytest.raises(UserError, match="unfinished"):
@@ -264,3 +267,85 @@ def test_two_at_once_make_one_corpus():
     assert [process.returncode for process in both] == [0, 0], said
     assert sum(out.startswith("ready: ") for out, _ in said) == 1
     Corpus.open("corpus").verify()
+
+
+LONG = dict(source="long.txt", vocab_size=310, shard_tokens=60_000)
+
+
+def write_long(times):
+    """Stories for some seconds, no two alike."""
+    stories = (f"{number} {story}" for number in range(times) for story in STORIES)
+    Path("long.txt").write_text("\n<|endoftext|>\n".join(stories))
+
+
+def whole(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_with_the_same_bytes():
+    """SIGKILL at random moments, also between a shard's end and its name; finished shards are not made again."""
+    write_long(1000)
+    random, argv = Random(4), words(**LONG)
+    assert main([*argv, "data.dir=undisturbed"]) == 0
+    killed, kept = 0, {}
+    while killed < 10:
+        with subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(random.uniform(0.2, 1.5))
+            if process.poll() is not None:
+                break
+            process.kill()
+        killed += 1
+        now = {p.name: p.stat().st_ino for p in Path("corpus").glob("*.shard")}
+        assert {name: now.get(name) for name in kept} == kept
+        kept = now
+    assert killed >= 3 and main(argv) == 0
+    assert {name: Path("corpus", name).stat().st_ino for name in kept} == kept
+    assert whole("corpus") == whole("undisturbed")
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them():
+    write_long(3000)
+    argv = [*COMMAND, *words(**LONG, tokenizer=model(STORIES))]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            process.kill()
+            pytest.skip("finding the processes takes /proc/PID/task/*/children")
+        while not Path("corpus/train-00000.shard.partial").exists() or len(children.read_text().split()) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+        process.kill()
+    for _ in range(100):
+        if not any(worker.exists() and "Z" not in (worker / "stat").read_text().split()[2] for worker in workers):
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("a process outlives prepare")
+
+
+def test_one_process_or_many_give_the_same_tokens():
+    from data.encode import encode
+    from data.sources import Document
+    from data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model(STORIES))
+    stories = [Document("train", STORIES[i % len(STORIES)] * (1 + i % 7), -float(i)) for i in range(40)]
+    with mock.patch("data.encode.BATCH_BYTES", 200):
+        one, two = (list(encode(stories, tokenizer, processes)) for processes in (1, 2))
+    assert len(one) == len(two) == len(stories)
+    for a, b, story in zip(one, two, stories, strict=True):
+        assert a.ids.tolist() == b.ids.tolist() == tokenizer.encode(story.text) and a[2:] == b[2:]
+        assert a.text_bytes == len(story.text.encode()) and a.log_prob == story.log_prob and not a.missed
+
+
+def test_another_setting_begins_anew():
+    assert main(words(shard_tokens=100)) == 0
+    progress = {"version": 1, "settings": {}, "source": {}, "tokenizer_hash": "", "splits": {}}
+    Path("corpus/manifest.json").unlink()
+    Path("corpus/progress.json").write_text(json.dumps(progress))
+    assert main(words(shard_tokens=90)) == 0
+    assert main([*words(shard_tokens=90), "data.dir=other"]) == 0
+    assert whole("corpus") == whole("other")

@@ -1,0 +1,125 @@
+"""Stories -> tokens by all cores, in the order of the stories and in constant memory.
+
+Each batch is encoded and decoded again, to count the stories that do not come back, in a process of its own; a few
+batches are under way at a time. A corpus of few batches is encoded right here, sooner than processes start.
+"""
+
+import itertools
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.sources import Document
+from data.tokenizer import Tokenizer
+
+BATCH_BYTES = 1_000_000  # of text, about
+FEW = 8  # batches that are not worth a process
+AHEAD = 3  # batches under way for each process
+
+
+class Encoded(NamedTuple):
+    """A story as tokens, without bos and eos."""
+
+    split: str
+    ids: np.ndarray
+    text_bytes: int  # UTF-8
+    log_prob: float | None
+    missed: bool  # it does not decode to itself
+
+
+def encode(
+    documents: Iterable[Document], tokenizer: Tokenizer, processes: int | None = None
+) -> Generator[Encoded, None, None]:
+    """Each document in its turn, by `processes` (as many as there are cores to use)."""
+    processes = processes or _cores()
+    parts = batches(documents)
+    first = list(itertools.islice(parts, FEW + 1))
+    if processes == 1 or len(first) <= FEW:
+        for batch in itertools.chain(first, parts):
+            yield from zipped(batch, _encode([document.text for document in batch], tokenizer))
+        return
+    under_way: deque[tuple[list[Document], Future[Ids]]] = deque()
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (tokenizer.path,))
+    try:
+        for batch in itertools.chain(first, parts):
+            under_way.append((batch, pool.submit(_work, [document.text for document in batch])))
+            if len(under_way) > AHEAD * processes:
+                done, ids = under_way.popleft()
+                yield from zipped(done, ids.result())
+        while under_way:
+            done, ids = under_way.popleft()
+            yield from zipped(done, ids.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents by the million bytes; a longer one is a batch of its own."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class Ids(NamedTuple):
+    """A batch of stories as tokens: few and large arrays, which pass between processes at little cost."""
+
+    ids: np.ndarray  # uint32, story after story
+    ends: np.ndarray  # int64, where each ends
+    text_bytes: list[int]
+    missed: list[bool]
+
+
+def zipped(batch: list[Document], done: Ids) -> Iterator[Encoded]:
+    start = 0
+    for document, end, size, missed in zip(batch, done.ends.tolist(), done.text_bytes, done.missed, strict=True):
+        yield Encoded(document.split, done.ids[start:end], size, document.log_prob, missed)
+        start = end
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> Ids:
+    ids = tokenizer.encode_all(texts)
+    missed = [decoded != text for decoded, text in zip(tokenizer.decode_all(ids), texts, strict=True)]
+    ends = np.cumsum([len(story) for story in ids], dtype=np.int64)
+    flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(ends[-1]))
+    return Ids(flat, ends, [len(text.encode()) for text in texts], missed)
+
+
+_tokenizer: Tokenizer  # of this process
+
+
+def _begin(model: Path) -> None:
+    """A process starts; it ends with the one that started it, however that ends, and leaves Ctrl-C to it."""
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _tokenizer = Tokenizer(model)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(texts: list[str]) -> Ids:
+    return _encode(texts, _tokenizer)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

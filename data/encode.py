@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.sources import Document
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, Words
 
 BATCH_BYTES = 1_000_000  # of text, about
 FEW = 8  # batches that are not worth a process
@@ -43,8 +43,9 @@ def encode(
     parts = batches(documents)
     first = list(itertools.islice(parts, FEW + 1))
     if processes == 1 or len(first) <= FEW:
+        words = Words(tokenizer)
         for batch in itertools.chain(first, parts):
-            yield from zipped(batch, _encode([document.text for document in batch], tokenizer))
+            yield from zipped(batch, _encode([document.text for document in batch], words))
         return
     under_way: deque[tuple[list[Document], Future[Ids]]] = deque()
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (tokenizer.path,))
@@ -91,23 +92,23 @@ def zipped(batch: list[Document], done: Ids) -> Iterator[Encoded]:
         start = end
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer) -> Ids:
-    ids = tokenizer.encode_all(texts)
-    missed = [decoded != text for decoded, text in zip(tokenizer.decode_all(ids), texts, strict=True)]
+def _encode(texts: list[str], words: Words) -> Ids:
+    ids = words.encode_all(texts)
+    decoded = words.tokenizer.decode_all([story.tolist() for story in ids])
+    missed = [back != text for back, text in zip(decoded, texts, strict=True)]
     ends = np.cumsum([len(story) for story in ids], dtype=np.int64)
-    flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, int(ends[-1]))
-    return Ids(flat, ends, [len(text.encode()) for text in texts], missed)
+    return Ids(np.concatenate(ids), ends, [len(text.encode()) for text in texts], missed)
 
 
-_tokenizer: Tokenizer  # of this process
+_words: Words  # of this process
 
 
 def _begin(model: Path) -> None:
     """A process starts; it ends with the one that started it, however that ends, and leaves Ctrl-C to it."""
-    global _tokenizer
+    global _words
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _tokenizer = Tokenizer(model)
+    _words = Words(Tokenizer(model))
 
 
 def _end_with_parent() -> None:
@@ -118,7 +119,7 @@ def _end_with_parent() -> None:
 
 
 def _work(texts: list[str]) -> Ids:
-    return _encode(texts, _tokenizer)
+    return _encode(texts, _words)
 
 
 def _cores() -> int:

@@ -9,18 +9,21 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import experts
+from tests.bench import experts, training
 from tests.bench.harness import HEAD
+
+PARTS = {"experts": experts.measure, "training": training.measure}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.bench", description="Figures as ratios, measured in one run.")
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds of each case")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="some of the figures")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    figures = experts.measure(args.repeats)
+    figures = [figure for part in args.part for figure in PARTS[part](args.repeats)]
     result = {"machine": machine, "torch": torch.__version__, "figures": [f.json() for f in figures]}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{machine}, torch {torch.__version__}; {args.repeats} rounds in turns, medians\n\n{HEAD}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.moe import MoE, _Return
 from parallel import fsdp, mesh
+from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
 from tests.pool import Pool
 from trainer.machine import keep_freed_memory
@@ -35,47 +36,6 @@ def step(moe: nn.Module, x: Tensor) -> Callable[[], None]:
         out.backward(x.detach())
         for tensor in (x, *moe.parameters()):
             tensor.grad = None
-
-    return call
-
-
-def products() -> Callable[[], None]:
-    """The block's products alone, forward and both of the backward, from operands that are there.
-
-    Tokens are spread evenly; the experts' products run one by one or as a batch, whichever is faster.
-    """
-    d, f, e = CONFIG.dim, CONFIG.expert_dim, CONFIG.n_experts
-    rows = TOKENS // e
-
-    def triple(m: int, k: int, n: int, batch: int | None) -> Callable[[], None]:
-        lead = () if batch is None else (batch,)
-        a, b, c = torch.randn(*lead, m, k), torch.randn(*lead, k, n), torch.randn(*lead, m, n)
-        outs = torch.empty(*lead, m, n), torch.empty(*lead, m, k), torch.empty(*lead, k, n)
-        left, right = a.transpose(-2, -1), b.transpose(-2, -1)
-
-        def one_by_one() -> None:
-            for i in range(batch or 0):
-                torch.mm(a[i], b[i], out=outs[0][i])
-                torch.mm(c[i], right[i], out=outs[1][i])
-                torch.mm(left[i], c[i], out=outs[2][i])
-
-        def at_once() -> None:
-            torch.matmul(a, b, out=outs[0])
-            torch.matmul(c, right, out=outs[1])
-            torch.matmul(left, c, out=outs[2])
-
-        if batch is None:
-            return at_once
-        times = in_turns({"one": one_by_one, "all": at_once}, 3)
-        return one_by_one if min(times["one"]) < min(times["all"]) else at_once
-
-    parts = [triple(TOKENS, d, 2 * f, None), triple(TOKENS, f, d, None)]  # the shared expert
-    parts += [triple(rows, d, 2 * f, e), triple(rows, f, d, e)]
-    parts.append(triple(TOKENS, d, e, None))  # the router
-
-    def call() -> None:
-        for part in parts:
-            part()
 
     return call
 
@@ -125,9 +85,10 @@ def measure(repeats: int) -> list[Figure]:
         moe.router.weight.grad = None
 
     pool, threads = Pool(), torch.get_num_threads()
+    alone = floor.moe_products(CONFIG, TOKENS)
     cases = {
         "block": step(moe, x),
-        "products": products(),
+        "products": lambda: [job() for job in alone],
         "loop": step(Loop(moe), x),
         "plain loop": lambda: pool.run(1, "tests.bench.experts:plain_loop", threads=threads),
         "way": way,

@@ -269,12 +269,12 @@ def test_two_at_once_make_one_corpus():
     Corpus.open("corpus").verify()
 
 
-LONG = dict(source="long.txt", vocab_size=310, shard_tokens=60_000)
+LONG = dict(source="long.txt", vocab_size=310, shard_tokens=400_000)
 
 
 def write_long(times):
     """Stories for some seconds, no two alike."""
-    stories = (f"{number} {story}" for number in range(times) for story in STORIES)
+    stories = (f"{number} {8 * story}" for number in range(times) for story in STORIES)
     Path("long.txt").write_text("\n<|endoftext|>\n".join(stories))
 
 
@@ -285,7 +285,7 @@ def whole(folder):
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_bytes():
     """SIGKILL at random moments, also between a shard's end and its name; finished shards are not made again."""
-    write_long(1000)
+    write_long(200)
     random, argv = Random(4), words(**LONG)
     assert main([*argv, "data.dir=undisturbed"]) == 0
     killed, kept = 0, {}
@@ -306,7 +306,7 @@ def test_killed_ten_times_it_ends_with_the_same_bytes():
 
 @pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them():
-    write_long(3000)
+    write_long(600)
     argv = [*COMMAND, *words(**LONG, tokenizer=model(STORIES))]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

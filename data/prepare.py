@@ -22,7 +22,7 @@ from data.config import DataConfig, UserError, help_text, read
 
 if TYPE_CHECKING:  # at run time inside the functions: numpy and sentencepiece would slow down --help
     from data.shards import Corpus, Writer
-    from data.sources import Document, Files, Storybook
+    from data.sources import Document, Source
     from data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 4_000_000  # encoded and decoded at a time
@@ -86,7 +86,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
+def make(config: DataConfig, source: "Source", folder: Path) -> None:
     """Writes a whole corpus, manifest last. Raises UserError."""
     from data.shards import MANIFEST, MODEL, Manifest, Writer, settings_of
     from data.sources import TRAIN, VALIDATION
@@ -103,6 +103,8 @@ def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
             for name in (TRAIN, VALIDATION)
         }
         encode(watched("encoding", source, source), tokenizer, writers)
+    if config.clean:
+        print(f"data.clean: {source.cleaner}", file=sys.stderr)
     stories = sum(writer.info.documents for writer in writers.values())
     for name, writer in writers.items():
         if not writer.info.documents:
@@ -121,7 +123,7 @@ def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
     write_aside(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
 
 
-def make_tokenizer(config: DataConfig, source: "Storybook | Files", path: Path) -> "Tokenizer":
+def make_tokenizer(config: DataConfig, source: "Source", path: Path) -> "Tokenizer":
     """Trains on the training split, or copies the given model, to `path`. Raises UserError."""
     from data.tokenizer import Tokenizer, train, write_aside
 
@@ -155,7 +157,7 @@ def batches(documents: "Iterable[Document]") -> "Iterator[list[Document]]":
         yield batch
 
 
-def watched(what: str, source: "Storybook | Files", items: Iterable[T]) -> Iterator[T]:
+def watched(what: str, source: "Source", items: Iterable[T]) -> Iterator[T]:
     """The items of a source, with a bar on a terminal or a line for each quarter elsewhere, on stderr."""
     from tqdm import tqdm
 

@@ -4,7 +4,7 @@
    for the last byte of ”, which was lost on the way, so a bare `â€` is ”.
 2. `<|endoftext|>` inside a text: two stories in one, which are split there, as a .txt file is.
 
-Text that is fine must stay: «CAFÉ» and IRMû hold pairs that would be UTF-8 too. So only sequences that no language
+Text that is fine must stay: «CAFÉ» and «IRMÃ» hold pairs that would be UTF-8 too. So only sequences that no language
 writes are repaired, and those that begin with a capital Ã or Â only where no capital letter of a word can stand.
 """
 

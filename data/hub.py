@@ -10,7 +10,7 @@
 Tokens and endpoints are the business of huggingface's own environment variables (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 """
 
-import logging
+import logging.handlers
 import sys
 import threading
 from collections.abc import Iterator
@@ -136,18 +136,7 @@ class Hub:
     def _load(self) -> dict[str, Any]:
         """The splits to read, downloaded where they are not yet."""
         if not self._splits:
-            import datasets
-
-            logging.getLogger("datasets").setLevel(logging.CRITICAL)  # the error says it, in a line
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-            if not sys.stderr.isatty():
-                datasets.disable_progress_bars()
-            try:
-                builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.commit)
-                builder.download_and_prepare()
-                found = builder.as_dataset()
-            except Exception as error:
-                raise UserError(f"{self.given}: {_line(_root(error))}; {self._again()}") from None
+            found = self._download()
             wanted = [TRAIN, VALIDATION] if self.own_validation else [TRAIN]
             if TRAIN not in found:
                 raise UserError(f"{self.given}: the data set has no split train, but {', '.join(found)}")
@@ -156,6 +145,39 @@ class Hub:
                     check_field(f"{self.name}, {name}", self.text_field, found[name].features.arrow_schema)
                     self._splits[name] = found[name].select_columns([self.text_field]).with_format("arrow")
         return self._splits
+
+    def _download(self) -> Any:
+        """All splits of the commit, by name."""
+        import datasets
+        from datasets.exceptions import NonMatchingSplitsSizesError
+
+        told = logging.handlers.MemoryHandler(
+            100, logging.CRITICAL + 1
+        )  # names a damaged file, which the error does not
+        logging.getLogger("datasets").handlers = logging.getLogger("huggingface_hub").handlers = [told]
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        try:
+            builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.commit)
+        except ValueError as error:  # its second line lists the configs
+            why = " ".join(str(error).splitlines()[:2])
+            raise UserError(f"{self.given}: {why}; write {self.name}:CONFIG") from None
+        except Exception as error:
+            raise UserError(f"{self.given}: {_line(error)}; give another data set, or files") from None
+        if builder.hash != self.commit:  # without an answer it takes what the cache holds
+            raise UserError(
+                f"{self.given}: commit {self.commit} is not at hand, and the hub gives no answer; try again"
+            )
+        said = ", ".join(f"{name}: {split.num_examples}" for name, split in (builder.info.splits or {}).items())
+        try:
+            builder.download_and_prepare()
+            return builder.as_dataset()
+        except NonMatchingSplitsSizesError:
+            raise UserError(f"{self.given}: not as many rows came as it says ({said}); {self._again()}") from None
+        except Exception as error:
+            errors = [record.getMessage() for record in told.buffer if record.levelno >= logging.ERROR]
+            why = (errors or [_line(_root(error))])[-1].partition("\n")[0].rstrip(".")
+            raise UserError(f"{self.given}: {why}; {self._again()}") from None
 
     def _again(self) -> str:
         import datasets

@@ -235,7 +235,7 @@ def rows_of(where: str, before: int, batch: Any, field: str) -> Iterator[str]:
         except UnicodeDecodeError:
             raise UserError(f"{where}, row {row}: not UTF-8; convert the file to UTF-8") from None
         if text is None:
-            raise no_text(f"{where}, row {row}", field, [])
+            raise UserError(f"{where}, row {row}: no text in data.text_field={field}; fill it, or leave the row out")
         yield text
 
 

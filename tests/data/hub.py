@@ -79,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail("RevisionNotFound", 404)
             return
         files = known[revision]
-        rows = [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()]
+        sizes = [(path, len(content), hashlib.sha1(content).hexdigest()) for path, content in files.items()]
+        rows: list[dict[str, object]] = [{"type": "file", "path": p, "size": n, "oid": oid} for p, n, oid in sizes]
         folders = {str(parent) for p in files for parent in Path(p).parents} - {"."}
         rows += [{"type": "directory", "path": p, "size": 0, "oid": "0" * 40} for p in sorted(folders)]
         if what == "revision":

@@ -21,7 +21,7 @@ from data.config import DataConfig, UserError
 from data.sources import BATCH_ROWS, READABLE, TRAIN, VALIDATION, Document, Files, check_field, find, rows_of, side
 
 TINYSTORIES = "roneneldan/TinyStories"
-PATIENCE = 15.0  # seconds for the first answer; name servers and dead addresses have time limits of their own
+PATIENCE = 12.0  # seconds for the first answer; name servers and dead addresses have time limits of their own
 OTHERS = f"`storybook`, or a file, folder or glob ({READABLE}),"
 
 

@@ -28,7 +28,7 @@ def test_mojibake_is_repaired(damaged, whole, sequences):
         "«CAFÉ», «IRMÃ», “MAÇÃ”, IRMÃ—minha, MAÇÃ…",
         "20 °C, £5, 5€, «À la carte»",
         "il a mangé…» ðis",
-        "ÂNGELO: Â, RĂUL",
+        "ÂNGELO: Â, ROMÂ®",
         "ã é ’",
     ],
 )
@@ -55,7 +55,7 @@ def fine_text(draw):
     return text
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(fine_text())
 def test_what_people_write_passes_unchanged(text):
     assert list(Cleaner()([text])) == [text]

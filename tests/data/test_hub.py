@@ -125,7 +125,8 @@ def test_tinystories_becomes_a_corpus(prepare, hub, tmp_path):
     hub.asked.clear()
     again = prepare("tinystories")
     assert again.stdout.startswith("ready: corpus holds the 720 stories")
-    assert [path for _, path in hub.asked] == ["/api/datasets/roneneldan/TinyStories"]
+    about = [path for _, path in hub.asked if "TinyStories" in path]  # the client asks more, of its own accord
+    assert about == ["/api/datasets/roneneldan/TinyStories"]
     (tmp_path / "corpus").rename(tmp_path / "first")
     assert prepare("roneneldan/TinyStories").returncode == 0
     assert not [path for _, path in hub.asked if path.endswith(".parquet")]
@@ -210,6 +211,20 @@ def test_what_cannot_be_read_is_one_line(prepare, tmp_path, source, begins, name
     said = refusal(prepare(source))
     assert said.startswith(begins) and names in said
     assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.slow
+def test_rows_that_went_missing_in_the_cache_are_noticed(prepare, hub, tmp_path, tmp_path_factory, monkeypatch):
+    for name, rows in (("more", STORIES), ("less", STORIES[:699])):
+        monkeypatch.setitem(hub.repositories, f"me/{name}", {"main": {"train.parquet": parquet(text=rows)}})
+        assert prepare(f"me/{name}", None, f"data.dir={name}").returncode == 0
+    (more,), (less,) = (
+        list((tmp_path_factory.getbasetemp() / "hf" / "datasets" / f"me___{name}").rglob(f"{name}-train.arrow"))
+        for name in ("more", "less")
+    )
+    more.write_bytes(less.read_bytes())
+    said = refusal(prepare("me/more"))
+    assert said.startswith("me/more, train: 699 rows came where the data set says 700; try again")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+AUTO_HELD_OUT = 0.02
 SECTIONS = ("data", "model", "train", "parallel", "checkpoint", "eval", "sample", "log", "run")
 
 
@@ -35,9 +36,20 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Stories -> tokens on disk -> batches."""
 
-    source: str = Field("storybook", description="`storybook`, or a file, folder or glob (.jsonl, .txt, also .gz)")
-    validation: str = Field("0.02", description="a path, or the fraction of stories held out by hash")
-    text_field: str = Field("text", description="the field of a .jsonl line that holds the story")
+    source: str = Field(
+        "storybook",
+        description="`storybook`; a file, folder or glob (.jsonl, .parquet, .txt, also .gz); `tinystories` or another "
+        "data set of the Hugging Face hub, `owner/name`, `owner/name:config`, either with `@revision`",
+    )
+    validation: str = Field(
+        "auto",
+        description="a path, or the fraction of training stories held out by hash; auto: the validation split of a hub "
+        "data set that has one, else 0.02",
+    )
+    text_field: str = Field("text", description="the field of a row that holds the story (.jsonl, .parquet, hub)")
+    clean: bool = Field(
+        False, description="repair mojibake (`â€œ`), split texts at end-of-text marks inside; for TinyStories"
+    )
     stories: int = Field(40_000, ge=1, description="number of stories that the storybook writes")
     dir: str = Field("corpus/storybook", description="folder of the prepared corpus")
     tokenizer: str = Field("train", description="`train`, or the path of a sentencepiece model")
@@ -50,7 +62,9 @@ class DataConfig(Section):
 
     @property
     def held_out(self) -> float | None:
-        """The fraction of stories held out for validation; None where `validation` is a path."""
+        """The fraction of stories held out by hash, if any are; None where `validation` is a path."""
+        if self.validation == "auto":
+            return AUTO_HELD_OUT
         try:
             return float(self.validation)
         except ValueError:

@@ -22,7 +22,7 @@ from data.config import DataConfig, UserError, help_text, read
 
 if TYPE_CHECKING:  # at run time inside the functions: numpy and sentencepiece would slow down --help
     from data.shards import Corpus, Progress
-    from data.sources import Document, Files, Storybook
+    from data.sources import Document, Source
     from data.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
+def make(config: DataConfig, source: "Source", folder: Path) -> None:
     """Writes a whole corpus, manifest last. Raises UserError."""
     from data.encode import encode
     from data.shards import MANIFEST, MODEL, PROGRESS, Manifest, Writer, settings_of
@@ -114,6 +114,8 @@ def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
         with contextlib.closing(encoded):
             for story in encoded:
                 writers[story.split].add(story.ids, story.text_bytes, story.log_prob, story.missed)
+    if config.clean:
+        print(f"data.clean: {source.cleaner}", file=sys.stderr)
     stories = sum(writer.info.documents for writer in writers.values())
     for name, writer in writers.items():
         if not writer.info.documents:
@@ -133,7 +135,7 @@ def make(config: DataConfig, source: "Storybook | Files", folder: Path) -> None:
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
-def begin(config: DataConfig, source: "Storybook | Files", folder: Path, fingerprint: dict[str, str]) -> "Progress":
+def begin(config: DataConfig, source: "Source", folder: Path, fingerprint: dict[str, str]) -> "Progress":
     """How far an interrupted run came with the same settings and source; else a new beginning, with a tokenizer.
 
     Raises UserError.
@@ -169,7 +171,7 @@ def skip(documents: "Iterable[Document]", past: dict[str, int]) -> "Iterator[Doc
             yield document
 
 
-def make_tokenizer(config: DataConfig, source: "Storybook | Files", path: Path) -> "Tokenizer":
+def make_tokenizer(config: DataConfig, source: "Source", path: Path) -> "Tokenizer":
     """Trains on the training split, or copies the given model, to `path`. Raises UserError."""
     from data.tokenizer import Tokenizer, train, write_aside
 
@@ -180,7 +182,7 @@ def make_tokenizer(config: DataConfig, source: "Storybook | Files", path: Path) 
     return Tokenizer(path)
 
 
-def watched(what: str, source: "Storybook | Files", items: Iterable[T]) -> Iterator[T]:
+def watched(what: str, source: "Source", items: Iterable[T]) -> Iterator[T]:
     """The items of a source, with a bar on a terminal or a line for each quarter elsewhere, on stderr."""
     from tqdm import tqdm
 

@@ -63,7 +63,7 @@ class Manifest(Record):
     """What a finished corpus holds and what it was made of."""
 
     version: int = VERSION
-    settings: dict[str, str | int]  # keys of the data section that shape a corpus
+    settings: dict[str, str | int | bool]  # keys of the data section that shape a corpus
     source: dict[str, str]  # fingerprint
     empty: int  # blank stories passed over
     tokenizer_hash: str
@@ -81,7 +81,7 @@ class Progress(Record):
     """How far an unfinished corpus has come: its finished shards, and what they are made of."""
 
     version: int = VERSION
-    settings: dict[str, str | int]
+    settings: dict[str, str | int | bool]
     source: dict[str, str]
     tokenizer_hash: str
     splits: dict[str, SplitInfo] = {}
@@ -354,9 +354,9 @@ class Corpus:
             progress(done, len(shards))
 
 
-def settings_of(config: DataConfig) -> dict[str, str | int]:
+def settings_of(config: DataConfig) -> dict[str, str | int | bool]:
     """The settings that shape a corpus; the others may change from run to run."""
-    keys = ["source", "stories" if config.source == "storybook" else "text_field", "validation"]
+    keys = ["source", *(["stories"] if config.source == "storybook" else ["text_field", "clean"]), "validation"]
     keys += ["tokenizer", "vocab_size"] if config.tokenizer == "train" else ["tokenizer"]
     return {key: getattr(config, key) for key in [*keys, "shard_tokens"]}
 

@@ -1,6 +1,7 @@
 """The first step of the journey: wherever stories lie -> one stream of (split, text, log-probability).
 
-1. `open_source` reads `data.source` and `data.validation`: the built-in storybook, or files (.jsonl, .txt, also .gz).
+1. `open_source` reads `data.source` and `data.validation`: the built-in storybook, files (.jsonl, .parquet, .txt, also
+   .gz), or a data set of the hub (hub.py). With `data.clean` the texts are repaired as they are read (clean.py).
 2. A source has a `fingerprint`, which tells whether it is still what a corpus was made of.
 3. Iterating reads story by story in constant memory, any number of times, always in the same order. Without a
    validation path the hash of a text decides its side, so equal texts never part, on any machine.
@@ -14,17 +15,26 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
+from data.clean import SEPARATOR, Cleaner
 from data.config import DataConfig, UserError
+
+if TYPE_CHECKING:
+    from data.hub import Hub
 
 TRAIN, VALIDATION = "train", "validation"
 STORYBOOK_SEED = 0
-SEPARATOR = "<|endoftext|>"  # a line of its own in a .txt file, between two stories
-READABLE = ".jsonl or .txt, also .gz"
+READABLE = ".jsonl, .parquet or .txt, also .gz"
+BATCH_ROWS = 256  # of a columnar file, decoded at a time
+HUB_NAME = re.compile(
+    r"(?P<name>tinystories|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
+    re.ASCII,
+)
 
 
 class Document(NamedTuple):
@@ -53,6 +63,7 @@ class Storybook:
         assert config.held_out is not None  # the config sees to it
         self.total, self.held_out = config.stories, config.held_out
         self.position = self.empty = 0
+        self.cleaner = Cleaner()  # nothing to do
 
     def fingerprint(self) -> dict[str, str]:
         """Its hash changes with the grammar: it is taken over a hundred stories."""
@@ -79,13 +90,16 @@ class Storybook:
 
 
 class Files:
-    """The stories of local files. `total` and `position` count bytes on disk, `empty` the blank stories passed over."""
+    """The stories of local files.
+
+    `total` and `position` count bytes on disk, `empty` the blank stories passed over, `cleaner` what was repaired.
+    """
 
     unit = "B"
 
     def __init__(self, config: DataConfig) -> None:
         """Raises UserError when there are no files to read."""
-        self.held_out, self.text_field = config.held_out, config.text_field
+        self.held_out, self.text_field, self.clean = config.held_out, config.text_field, config.clean
         self.validation = [] if self.held_out is not None else find("data.validation", config.validation)
         aside = {path.resolve() for path in self.validation}
         self.train = [path for path in find("data.source", config.source) if path.resolve() not in aside]
@@ -96,11 +110,12 @@ class Files:
             )
         self.total = sum(path.stat().st_size for path in self.train + self.validation)
         self.empty = self._before = 0
-        self._file: io.BufferedReader | None = None
+        self.cleaner = Cleaner()
+        self._within: Callable[[], int] = lambda: 0  # bytes of the file at hand
 
     @property
     def position(self) -> int:
-        return self._before + (self._file.tell() if self._file and not self._file.closed else 0)
+        return self._before + self._within()
 
     def fingerprint(self) -> dict[str, str]:
         """Size and sha256 of each file, by its name below the folder that holds them all."""
@@ -121,31 +136,38 @@ class Files:
     def __iter__(self) -> Iterator[Document]:
         """Raises UserError, with file and line, on what cannot be read."""
         self.empty = self._before = 0
+        self.cleaner = Cleaner()
         for files, split in ((self.train, TRAIN), (self.validation, VALIDATION)):
             for path in files:
-                with contextlib.closing(self._lines(path)) as lines:
-                    for text in self._stories(path, lines):
+                with contextlib.closing(self._stories(path)) as stories:
+                    for text in self.cleaner(stories) if self.clean else stories:
                         if not text.strip():
                             self.empty += 1
                         elif self.held_out is None:
                             yield Document(split, text, None)
                         else:
                             yield Document(side(text, self.held_out), text, None)
+                self._within = lambda: 0
                 self._before += path.stat().st_size
 
-    def _stories(self, path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
-        kind = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
-        if not kind:  # a bare .gz tells by its first line
-            first = next(lines, (1, ""))
-            lines = itertools.chain([first], lines)
-            kind = ".jsonl" if first[1].lstrip()[:1] == "{" else ".txt"
-        return self._jsonl(path, lines) if kind.lower() == ".jsonl" else _txt(lines)
+    def _stories(self, path: Path) -> Generator[str, None, None]:
+        kind = (path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
+        if kind == ".parquet":
+            yield from self._parquet(path)
+            return
+        with contextlib.closing(self._lines(path)) as lines:
+            numbered: Iterator[tuple[int, str]] = lines
+            if not kind:  # a bare .gz tells by its first line
+                first = next(lines, (1, ""))
+                numbered = itertools.chain([first], lines)
+                kind = ".jsonl" if first[1].lstrip()[:1] == "{" else ".txt"
+            yield from self._jsonl(path, numbered) if kind == ".jsonl" else _txt(numbered)
 
     def _lines(self, path: Path) -> Generator[tuple[int, str], None, None]:
         """(number from 1, line with its end); gzip is known by its first bytes."""
         number = 0
         with path.open("rb") as file:
-            self._file = file
+            self._within = lambda: 0 if file.closed else file.tell()
             packed = file.peek(2)[:2] == b"\x1f\x8b"
             unpacked = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 18) if packed else file
             try:
@@ -169,14 +191,58 @@ class Files:
                 raise UserError(f'{where}: not a JSON object; each line is one, such as {{"text": "..."}}')
             text = record.get(self.text_field)
             if not isinstance(text, str):
-                fields = [name for name, value in record.items() if isinstance(value, str)]
-                mend = f"text stands in: {', '.join(fields)} (data.text_field=...)" if fields else "no field holds text"
-                raise UserError(f"{where}: data.text_field={self.text_field} is no text there; {mend}")
+                raise no_text(where, self.text_field, [k for k, value in record.items() if isinstance(value, str)])
             try:
                 text.encode()
             except UnicodeEncodeError:
                 raise UserError(f"{where}: half a surrogate pair in the text, which no UTF-8 can hold") from None
             yield text
+
+    def _parquet(self, path: Path) -> Iterator[str]:
+        """Row by row, in batches of bounded size: a whole row group would not be."""
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        done, size = 0, path.stat().st_size
+        with path.open("rb") as file:
+            try:
+                table = ParquetFile(file, buffer_size=1 << 20)
+                rows = table.metadata.num_rows
+                check_field(str(path), self.text_field, table.schema_arrow)
+                self._within = lambda: size * done // rows
+                for batch in table.iter_batches(BATCH_ROWS, columns=[self.text_field]):
+                    yield from rows_of(str(path), done, batch, self.text_field)
+                    done += batch.num_rows
+            except (pyarrow.ArrowException, OSError) as error:
+                why = str(error).partition("\n")[0]
+                raise UserError(
+                    f"{path}: the parquet is cut or damaged after row {done} ({why}); fetch it anew"
+                ) from None
+
+
+def check_field(where: str, field: str, schema: Any) -> None:
+    """Raises UserError when the columns of an Arrow schema do not hold text under that name."""
+    texts = [column.name for column in schema if str(column.type) in ("string", "large_string", "string_view")]
+    if field not in texts:
+        raise no_text(where, field, texts)
+
+
+def rows_of(where: str, before: int, batch: Any, field: str) -> Iterator[str]:
+    """The texts of an Arrow batch, whose first is row `before` + 1. Raises UserError where there is none."""
+    for row, cell in enumerate(batch.column(field), before + 1):
+        try:
+            text = cell.as_py()
+        except UnicodeDecodeError:
+            raise UserError(f"{where}, row {row}: not UTF-8; convert the file to UTF-8") from None
+        if text is None:
+            raise UserError(f"{where}, row {row}: no text in data.text_field={field}; fill it, or leave the row out")
+        yield text
+
+
+def no_text(where: str, field: str, texts: Iterable[str]) -> UserError:
+    """The error that names the fields which do hold text."""
+    mend = f"text stands in: {', '.join(texts)} (data.text_field=...)" if texts else "no field holds text"
+    return UserError(f"{where}: data.text_field={field} is no text there; {mend}")
 
 
 def _txt(lines: Iterator[tuple[int, str]]) -> Iterator[str]:
@@ -215,18 +281,21 @@ def _hidden(path: Path) -> bool:
 
 def _readable(path: Path) -> bool:
     *inner, last = [suffix.lower() for suffix in path.suffixes] or [""]
-    return last in (".jsonl", ".txt") or (last == ".gz" and (not inner or inner[-1] in (".jsonl", ".txt")))
+    return last in (".jsonl", ".parquet", ".txt") or (last == ".gz" and (not inner or inner[-1] in (".jsonl", ".txt")))
 
 
-def open_source(config: DataConfig) -> Storybook | Files:
+Source = Union[Storybook, Files, "Hub"]
+
+
+def open_source(config: DataConfig) -> Source:
     """What `data.source` means. Raises UserError when it means nothing."""
     if config.source == "storybook":
         return Storybook(config)
-    if config.source == "tinystories" and not Path(config.source).exists():
-        raise UserError(
-            "data.source=tinystories: the hub is not read yet; "
-            f"give `storybook`, or a file, folder or glob ({READABLE}) of the stories"
-        )
+    path = Path(config.source)
+    if (named := HUB_NAME.fullmatch(config.source)) and not path.exists() and not _readable(path):
+        from data.hub import Hub
+
+        return Hub(config, named["name"], named["config"], named["revision"])
     return Files(config)
 
 

@@ -221,7 +221,7 @@ def test_the_storybook_from_nothing(capsys):
 
 def test_help_lists_every_key():
     shown = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
-    for key in ("data.source=storybook", "data.vocab_size=", "data.text_field=text", "data.validation=0.02"):
+    for key in ("data.source=storybook", "data.vocab_size=", "data.text_field=text", "data.validation=auto"):
         assert key in shown
 
 

@@ -4,11 +4,14 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow.parquet import write_table
 
 from data.config import DataConfig, UserError
+from data.shards import settings_of
 from data.sources import TRAIN, VALIDATION, find, open_source, side
 
 
@@ -129,7 +132,7 @@ def test_blank_stories_are_counted(tmp_path):
 
 
 def test_folders_and_globs_are_sorted(tmp_path, monkeypatch):
-    for name in "b.txt a/z.txt a/b/c.txt a0.jsonl .hidden/d.txt .e.txt f.parquet g.csv h.tar.gz".split():
+    for name in "b.txt a/z.txt a/b/c.txt a0.jsonl .hidden/d.txt .e.txt f.arrow g.csv h.tar.gz".split():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jsonl(name) if name.endswith("jsonl") else name.encode())
@@ -145,13 +148,13 @@ def test_folders_and_globs_are_sorted(tmp_path, monkeypatch):
 
 def test_no_files_no_source(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "f.parquet").touch()
+    (tmp_path / "f.csv").touch()
     for given_path, why in [
         ("none.txt", "no such file or folder"),
         ("*.txt", "no such file or folder"),
         ("empty", "no file of stories there"),
-        ("f.parquet", "not a file of stories"),
-        ("*.parquet", "no file of stories there"),
+        ("f.csv", "not a file of stories"),
+        ("*.csv", "no file of stories there"),
     ]:
         said = refusal(tmp_path / given_path)
         assert said.startswith(f"data.source={tmp_path / given_path}: {why}; give a file") and ".jsonl" in said
@@ -160,10 +163,90 @@ def test_no_files_no_source(tmp_path):
     assert said.startswith(f"data.validation={tmp_path}/v.txt: no such file or folder")
 
 
-@pytest.mark.parametrize("name", ["tinystories", "roneneldan/TinyStories"])
-def test_what_is_not_read_yet(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["stories/", "./stories", "../a", "a/b/c", "/a/b", "data/tom.txt", "data/tom.parquet", "a/*", "tiny", "a/b@"],
+)
+def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert refusal(name).startswith(f"data.source={name}: ") and ".jsonl or .txt" in refusal(name)
+    assert refusal(name).startswith(f"data.source={name}: no such file or folder; give a file, folder or glob (.jsonl")
+
+
+def test_files_go_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("roneneldan/TinyStories").mkdir(parents=True)
+    Path("roneneldan/TinyStories/s.txt").write_text("one")
+    Path("tinystories").write_text("not a kind of file that is read")
+    assert texts("roneneldan/TinyStories") == ["one"]
+    assert refusal("tinystories").startswith("data.source=tinystories: not a file of stories")
+
+
+def parquet(path: Path, **columns: list) -> Path:
+    write_table(pyarrow.table(columns), path, row_group_size=1000)
+    return path
+
+
+def test_parquet_is_read_row_by_row(tmp_path):
+    stories = ["one", " two \n\n", "\u2028漢🎉\ufeff", "", " ", *(f"story {number}" for number in range(5000))]
+    (tmp_path / "a.txt").write_text("first")
+    parquet(tmp_path / "b.parquet", id=list(range(len(stories))), text=stories)
+    parquet(tmp_path / "c.PARQUET", text=["last"])
+    source = open_source(config_of(tmp_path))
+    for _ in range(2):
+        places = []
+        found = [places.append(source.position) or document.text for document in source]
+        assert found == ["first", *(s for s in stories if s.strip()), "last"] and source.empty == 2
+        assert places == sorted(places) and len(set(places)) > 15
+        assert source.position == source.total == sum(p.stat().st_size for p in tmp_path.iterdir())
+
+
+def test_parquet_without_the_text_is_named(tmp_path):
+    path = parquet(tmp_path / "s.parquet", story=["one"], id=[1], title=["t"])
+    assert texts(path, text_field="story") == ["one"]
+    assert refusal(path) == f"{path}: data.text_field=text is no text there; " + (
+        "text stands in: story, title (data.text_field=...)"
+    )
+    assert "no field holds text" in refusal(parquet(tmp_path / "n.parquet", text=[1, 2]))
+    path = parquet(tmp_path / "m.parquet", text=["one", "two", None])
+    assert refusal(path).startswith(f"{path}, row 3: no text in data.text_field=text; ")
+    broken = pyarrow.array([b"one", b"caf\xe9"]).view(pyarrow.string())
+    write_table(pyarrow.table({"text": broken}), path)
+    assert refusal(path).startswith(f"{path}, row 2: not UTF-8")
+
+
+def test_a_damaged_parquet_is_named(tmp_path):
+    path = parquet(tmp_path / "s.parquet", text=[f"story {number * 7919}" for number in range(5000)])
+    whole = path.read_bytes()
+    scratched = whole[:3000] + bytes(x ^ 255 for x in whole[3000:3200]) + whole[3200:]
+    for content in (b"", b"PAR1", b"no parquet at all, but text", whole[:-50], whole[: len(whole) // 2], scratched):
+        path.write_bytes(content)
+        assert refusal(path).startswith(f"{path}: the parquet is cut or damaged after row ")
+
+
+def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
+    stories = [f"story {number} " + "word " * 200 for number in range(20_000)]
+    write_table(pyarrow.table({"text": stories}), tmp_path / "s.parquet", use_dictionary=False)  # in one row group
+    size, before = sum(map(len, stories)), pyarrow.total_allocated_bytes()
+    most = max(pyarrow.total_allocated_bytes() for _ in open_source(config_of(tmp_path))) - before
+    assert most < 6e6 < size / 3
+
+
+def test_clean_repairs_before_anything_else_looks(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(jsonl("â€œOne.â€", "Two.\n<|endoftext|>\nThree.", "“One.”", "<|endoftext|>"))
+    config = config_of(tmp_path, clean="true")
+    source = open_source(config)
+    for _ in range(2):
+        documents = list(source)
+        assert [d.text for d in documents] == ["“One.”", "Two.", "Three.", "“One.”"] and source.empty == 1
+        assert documents[0].split == documents[3].split == side("“One.”", 0.5)
+        assert str(source.cleaner).startswith("2 sequences of mojibake repaired in 1 texts, 2 texts split")
+    assert settings_of(config) != settings_of(config_of(tmp_path))
+    assert texts(tmp_path) == ["â€œOne.â€", "Two.\n<|endoftext|>\nThree.", "“One.”", "<|endoftext|>"]
+
+
+def test_by_itself_a_source_of_files_holds_out_a_fiftieth(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(jsonl(*(f"story {number}" for number in range(500))))
+    assert list(open_source(config_of(tmp_path, "auto"))) == list(open_source(config_of(tmp_path, "0.02")))
 
 
 def test_a_validation_path_is_not_trained_on(tmp_path, monkeypatch):

@@ -1,0 +1,267 @@
+import io
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow.parquet import write_table
+
+from data.shards import Corpus
+from data.sources import side
+from tests.data.hub import Hub, commit_of
+
+ROOT = Path.cwd()
+STORIES = [f"Tom number {n} saw a big dog in the park.\n\nHe was glad. “Hi,” he said." for n in range(700)]
+OWN = [f"Lily number {n} had a red hat." for n in range(20)]
+
+
+def parquet(**columns: list) -> bytes:
+    file = io.BytesIO()
+    write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
+def card(text: str) -> bytes:
+    return f"---\n{text}\n---\n".encode()
+
+
+TINY = {
+    "README.md": b"---\nlicense: cdla-sharing-1.0\n---\n",
+    "data/train-00000-of-00002.parquet": parquet(text=STORIES[:300]),
+    "data/train-00001-of-00002.parquet": parquet(text=[*STORIES[300:], " "]),
+    "data/validation-00000-of-00001.parquet": parquet(text=OWN),
+}
+WHOLE = parquet(text=STORIES)
+REPOSITORIES = {
+    "roneneldan/TinyStories": {"main": TINY, "v0": TINY | {"data/train-00001-of-00002.parquet": WHOLE}},
+    "me/lines": {"main": {"train.txt": "\n".join(s.replace("\n", " ") for s in STORIES).encode()}},
+    "me/parted": {"main": {"train.txt": b"one\ntwo\n<|endoftext|>\nthree\n"}},
+    "me/field": {"main": {"train.parquet": parquet(story=STORIES, id=[1] * 700, title=STORIES)}},
+    "me/null": {"main": {"train.parquet": parquet(text=[*STORIES, None])}},
+    "me/test": {"main": {"test.parquet": WHOLE}},
+    "me/nothing": {"main": {"README.md": b"soon"}},
+    "me/code": {"main": {"code.py": b"open('it-ran', 'w')", "train.parquet": WHOLE}},
+    "me/cut": {"main": {"data/train-0-of-2.parquet": WHOLE, "data/train-1-of-2.parquet": WHOLE[:-50]}},
+    "me/gzip": {"main": {"train.jsonl.gz": b"\x1f\x8b\x08\0junk and more junk"}},
+    "me/configs": {
+        "main": {
+            "README.md": card(
+                "configs:\n- config_name: all\n  data_files: all/*\n- config_name: few\n  data_files: few/*"
+            ),
+            "all/train.parquet": WHOLE,
+            "few/train.parquet": parquet(text=STORIES[:400]),
+        }
+    },
+    "me/count": {
+        "main": {
+            "README.md": card("dataset_info:\n  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: 701"),
+            "train.parquet": WHOLE,
+        }
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub(REPOSITORIES) as hub:
+        yield hub
+
+
+@pytest.fixture
+def prepare(hub, tmp_path_factory, tmp_path):
+    """Runs the command in a folder of its own, with a cache that all tests share."""
+    home = tmp_path_factory.getbasetemp() / "hf"
+
+    def run(source: str, validation: str | None = None, *words: str, **environment: str) -> subprocess.CompletedProcess:
+        words = ("data.dir=corpus", "data.vocab_size=330", *words)
+        words += (f"data.validation={validation}",) * bool(validation)
+        return subprocess.run(
+            [sys.executable, "-m", "data.prepare", f"data.source={source}", *words],
+            env=hub.environment(home, PYTHONPATH=str(ROOT), HF_TOKEN="hf_secret") | environment,
+            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    return run
+
+
+def refusal(run: subprocess.CompletedProcess) -> str:
+    lines = [line for line in run.stderr.splitlines() if not line.startswith(("reading", "encoding"))]
+    assert (run.returncode, run.stdout, len(lines)) == (2, "", 1), run.stderr
+    assert "hf_secret" not in run.stderr
+    return lines[0]
+
+
+def stories(folder: Path, name: str) -> list[str]:
+    corpus = Corpus.open(folder)
+    split, tokenizer = corpus.split(name), corpus.tokenizer()
+    shards = [split.shard(number) for number in range(len(split.shards))]
+    return [
+        tokenizer.decode(part.tolist()) for s in shards for part in np.split(s.tokens, s.starts[1:-1])
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_tinystories_becomes_a_corpus(prepare, hub, tmp_path):
+    hub.asked.clear()
+    run = prepare("tinystories")
+    assert run.returncode == 0 and run.stderr.splitlines()[-1] == "encoding: done", run.stderr
+    assert run.stdout.startswith("corpus: 700 + 20 stories, ") and "1 empty ones passed over" in run.stdout
+    assert "examples/s" not in run.stderr and "hf_secret" not in run.stdout + run.stderr
+    assert stories(tmp_path / "corpus", "train") == STORIES and stories(tmp_path / "corpus", "validation") == OWN
+    manifest = Corpus.open(tmp_path / "corpus").manifest
+    assert manifest.source == {"roneneldan/TinyStories": f"commit {commit_of(TINY)}"}
+    assert [path for method, path in hub.asked if method == "GET" and path.endswith("00000-of-00002.parquet")], (
+        hub.asked
+    )
+
+    # once more: it is asked whether it is still the same, and read from the cache
+    hub.asked.clear()
+    again = prepare("tinystories")
+    assert again.stdout.startswith("ready: corpus holds the 720 stories")
+    about = [path for _, path in hub.asked if "TinyStories" in path]  # the client asks more, of its own accord
+    assert about == ["/api/datasets/roneneldan/TinyStories"]
+    (tmp_path / "corpus").rename(tmp_path / "first")
+    assert prepare("roneneldan/TinyStories").returncode == 0
+    assert not [path for _, path in hub.asked if path.endswith(".parquet")]
+    first, second = (Corpus.open(tmp_path / name) for name in ("first", "corpus"))
+    assert first.hash == second.hash
+
+    # away from the hub the corpus stands; at another commit it is another
+    away = prepare("roneneldan/TinyStories", HF_ENDPOINT="http://127.0.0.1:9")
+    assert away.stdout.startswith("ready") and "the corpus stands for it" in away.stderr
+    said = refusal(prepare("roneneldan/TinyStories@v0"))
+    assert "data.source roneneldan/TinyStories -> roneneldan/TinyStories@v0" in said
+
+
+@pytest.mark.slow
+def test_data_that_changed_on_the_hub_is_noticed(prepare, hub, tmp_path, monkeypatch):
+    assert prepare("me/lines").returncode == 0
+    monkeypatch.setitem(hub.repositories, "me/lines", {"main": {"train.txt": b"another"}})
+    old = commit_of(REPOSITORIES["me/parted"]["main"])
+    said = refusal(prepare("me/lines"))
+    assert "me/lines: commit " in said and "give another data.dir" in said and old not in said
+
+
+@pytest.mark.slow
+def test_what_is_held_out(prepare, tmp_path):
+    assert prepare("tinystories", "0.2", "data.dir=fraction").returncode == 0
+    train, validation = (stories(tmp_path / "fraction", name) for name in ("train", "validation"))
+    assert train == [s for s in STORIES if side(s, 0.2) == "train"]
+    assert validation == [s for s in STORIES if side(s, 0.2) == "validation"]
+
+    (tmp_path / "mine.txt").write_text("Mine.\n<|endoftext|>\n\n<|endoftext|>\nIt’s mine.")
+    assert prepare("tinystories", "mine.txt", "data.dir=path").returncode == 0
+    assert stories(tmp_path / "path", "train") == STORIES
+    assert stories(tmp_path / "path", "validation") == ["Mine.", "It’s mine."]
+    manifest = Corpus.open(tmp_path / "path").manifest
+    assert "validation mine.txt" in manifest.source and manifest.empty == 2
+
+    assert prepare("me/lines", None, "data.dir=lines").returncode == 0  # it has no validation split
+    lines = [s.replace("\n", " ") for s in STORIES]
+    assert stories(tmp_path / "lines", "validation") == [s for s in lines if side(s, 0.02) == "validation"]
+    assert stories(tmp_path / "lines", "train") == [s for s in lines if side(s, 0.02) == "train"]
+
+
+@pytest.mark.slow
+def test_a_revision_and_a_config_are_read_by_name(prepare, tmp_path):
+    assert prepare("tinystories@v0", None, "data.dir=v0").returncode == 0
+    assert stories(tmp_path / "v0", "train") == [*STORIES[:300], *STORIES]
+    assert prepare("me/configs:few", None, "data.dir=few").returncode == 0
+    assert len(stories(tmp_path / "few", "train") + stories(tmp_path / "few", "validation")) == 400
+
+
+@pytest.mark.parametrize(
+    "source, begins, names",
+    [
+        ("tinystories@v9", "data.source=tinystories@v9: ", "the data set has no revision v9; "),
+        ("me/none", "data.source=me/none: ", "no such file or folder, and no data set me/none on the hub "),
+        ("me--a/x", "data.source=me--a/x: ", "no such file or folder, and no data set me--a/x on the hub "),
+    ],
+)
+def test_what_does_not_exist_is_said_before_anything_is_loaded(prepare, source, begins, names):
+    said = refusal(prepare(source))
+    assert said.startswith(begins) and names in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source, begins, names",
+    [
+        ("me/field", "me/field, train: data.text_field=text is no text", "text stands in: story, title"),
+        ("me/null", "me/null, train, row 701: ", "no text in data.text_field=text"),
+        ("me/test", "data.source=me/test: ", "no split train, but test"),
+        ("me/nothing", "data.source=me/nothing: ", "doesn't contain any data files"),
+        ("me/code", "data.source=me/code: ", "scripts are no longer supported"),
+        ("me/cut", "data.source=me/cut: ", "train-1-of-2.parquet"),
+        ("me/gzip", "data.source=me/gzip: ", "decompressing"),
+        ("me/configs", "data.source=me/configs: ", "['all', 'few']; write me/configs:CONFIG"),
+        ("me/configs:some", "data.source=me/configs:some: ", "['all', 'few']; write me/configs:CONFIG"),
+        ("me/count", "data.source=me/count: ", "not as many rows came as it says (train: 701)"),
+        ("me/parted", "me/parted, train: ", "rows are lines and no stories; download the file and give its path"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(prepare, tmp_path, source, begins, names):
+    said = refusal(prepare(source))
+    assert said.startswith(begins) and names in said
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.slow
+def test_rows_that_went_missing_in_the_cache_are_noticed(prepare, hub, tmp_path, tmp_path_factory, monkeypatch):
+    for name, rows in (("more", STORIES), ("less", STORIES[:699])):
+        monkeypatch.setitem(hub.repositories, f"me/{name}", {"main": {"train.parquet": parquet(text=rows)}})
+        assert prepare(f"me/{name}", None, f"data.dir={name}").returncode == 0
+    (more,), (less,) = (
+        list((tmp_path_factory.getbasetemp() / "hf" / "datasets" / f"me___{name}").rglob(f"{name}-train.arrow"))
+        for name in ("more", "less")
+    )
+    more.write_bytes(less.read_bytes())
+    said = refusal(prepare("me/more"))
+    assert said.startswith("me/more, train: 699 rows came where the data set says 700; try again")
+
+
+@pytest.mark.slow
+def test_data_clean_tells_what_it_did(prepare, hub, monkeypatch, tmp_path):
+    damaged = [*STORIES, "It was â€œgoodâ€.", "One.\n<|endoftext|>\nTwo."]
+    monkeypatch.setitem(hub.repositories, "me/damaged", {"main": {"train.parquet": parquet(text=damaged)}})
+    run = prepare("me/damaged", None, "data.clean=true")
+    assert run.returncode == 0
+    told = "data.clean: 2 sequences of mojibake repaired in 1 texts, 1 texts split at <|endoftext|>"
+    assert run.stderr.splitlines()[-1] == told
+    found = stories(tmp_path / "corpus", "train") + stories(tmp_path / "corpus", "validation")
+    assert sorted(found) == sorted([*STORIES, "It was “good”.", "One.", "Two."])
+    assert "data.clean True -> False" in refusal(prepare("me/damaged"))
+
+
+def test_without_a_network_it_says_what_works(prepare):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    said = refusal(prepare("tinystories", HF_ENDPOINT=f"http://127.0.0.1:{port}"))
+    assert said.startswith("data.source=tinystories: the hub gives no answer (ConnectError")
+    assert "`storybook`" in said and ".jsonl, .parquet or .txt" in said
+    assert "HF_HUB_OFFLINE is set" in refusal(prepare("tinystories", HF_HUB_OFFLINE="1"))
+
+
+@pytest.mark.slow
+def test_a_hub_that_never_answers_is_not_waited_for(prepare):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        said = refusal(prepare("tinystories", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    assert time.monotonic() - began < 20 and "the hub gives no answer" in said
+
+
+def test_help_and_files_need_no_datasets(tmp_path):
+    (tmp_path / "s.txt").write_text("one")
+    code = "import sys; from data.prepare import main; from data.config import DataConfig; import data.sources; "
+    code += "list(data.sources.open_source(DataConfig(source=sys.argv[1]))); "
+    code += "print([name for name in ('datasets', 'huggingface_hub', 'pyarrow', 'torch') if name in sys.modules])"
+    command = [sys.executable, "-c", code, str(tmp_path / "s.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout == "[]\n", (shlex.join(command), done.stderr)

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import experts, training
+from tests.bench import around, experts, training
 from tests.bench.harness import HEAD
 
-PARTS = {"experts": experts.measure, "training": training.measure}
+PARTS = {
+    "training": training.measure,
+    "experts": experts.measure,
+    "loss": around.loss_memory,
+    "attention": around.attention,
+    "loader": around.loader,
+    "encoding": around.encoding,
+    "start": around.start,
+}
 
 
 def main() -> int:

@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class Figure:
-    """One line of the table. Seconds are medians, spread is (third - first quartile) / median of ours."""
+    """One line of the table. Both are medians, in `unit`; spread is (third - first quartile) / median of ours."""
 
     name: str
-    ours: float  # seconds
-    other: float  # seconds
+    ours: float
+    other: float
     ratio: float  # of medians, the way `meaning` says
     spread: float
     meaning: str
     wanted: str
+    unit: str = "s"
 
     def row(self) -> str:
-        times = f"{1e3 * self.ours:.1f} ms | {1e3 * self.other:.1f} ms"
+        by, unit = (1e3, "ms") if self.unit == "s" else (1.0, self.unit)
+        times = f"{by * self.ours:,.1f} {unit} | {by * self.other:,.1f} {unit}"
         ratio = f"{self.ratio:.2f} | ±{50 * self.spread:.0f}%"
         return f"| {self.name} | {times} | {ratio} | {self.meaning} | {self.wanted} |"
 
@@ -51,8 +53,14 @@ def spread(seconds: list[float]) -> float:
 
 
 def figure(
-    name: str, ours: list[float], other: list[float], meaning: str, wanted: str, inverse: bool = False
+    name: str,
+    ours: list[float],
+    other: list[float],
+    meaning: str,
+    wanted: str,
+    inverse: bool = False,
+    unit: str = "s",
 ) -> Figure:
     """ratio = ours / other, or other / ours where `inverse` (a share of a floor's speed, a speed-up)."""
     a, b = statistics.median(ours), statistics.median(other)
-    return Figure(name, a, b, b / a if inverse else a / b, spread(ours), meaning, wanted)
+    return Figure(name, a, b, b / a if inverse else a / b, spread(ours), meaning, wanted, unit)

@@ -1,0 +1,208 @@
+"""What is around a training step: the loss's memory, attention in chunks, loader, encoding, and the start of a run."""
+
+import itertools
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model.attention import Attention, Places
+from model.config import ModelConfig
+from model.loss import linear_cross_entropy
+from tests.bench.harness import Figure, figure, in_turns
+from tests.pool import Pool
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS, VOCAB, DIM = 8192, 32_000, 256
+
+
+def loss_memory(repeats: int) -> list[Figure]:
+    """Peak memory that head and loss add, forward and backward, each time in a process of its own."""
+    peaks: dict[str, list[float]] = {"loss": [], "full": []}
+    for _ in range(min(repeats, 3)):
+        for way, seen in peaks.items():
+            pool = Pool()
+            seen.extend(pool.run(1, "tests.bench.around:loss_peak", way=way))
+            pool.close()
+    what = f"loss of {TOKENS:,} tokens x {VOCAB:,} words, dim {DIM}, forward and backward"
+    return [figure(what, peaks["loss"], peaks["full"], "memory of full logits", "0.25", unit="MiB")]
+
+
+def loss_peak(way: str) -> float:
+    """MiB above what inputs and their gradients take."""
+    hidden, weight = torch.randn(TOKENS, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    targets = torch.randint(0, VOCAB, (TOKENS,))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if way == "loss":
+        linear_cross_entropy(hidden, weight, targets).backward()
+    else:
+        F.cross_entropy(hidden @ weight.t(), targets, reduction="sum").backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def attention(repeats: int) -> list[Figure]:
+    """A layer that looks within chunks: chunks as rows of the batch, against one masked product."""
+    config = ModelConfig(dim=256, n_heads=8, attention_chunk=256, max_seq_len=2048)
+    layer, length = Attention(config, 0), 2048
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    x, positions = torch.randn(2, length, config.dim, requires_grad=True), torch.arange(length)[None]
+    folded = Places.of(config, positions, None, torch.float32)
+    masked = Places.of(config, positions, torch.zeros(2, length, dtype=torch.int64), torch.float32)
+
+    def step(places: Places) -> None:
+        layer(x, places).sum().backward()
+
+    times = in_turns({"folded": partial(step, folded), "masked": partial(step, masked)}, repeats)
+    what = f"attention in chunks of 256, 2 x {length:,} tokens, dim 256, forward and backward"
+    return [figure(what, times["folded"], times["masked"], "speed over a mask", "", True)]
+
+
+def loader(repeats: int) -> list[Figure]:
+    """A step of batches in its order, against taking as many rows at random from the mapped tokens, as is usual."""
+    from data.config import DataConfig, read
+    from data.loader import Loader, Share, training_rows
+    from data.prepare import main
+    from data.shards import Corpus
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["data.stories=20000", "data.seq_len=256", f"data.dir={folder}/corpus"]
+        assert main(words) == 0
+        config: DataConfig = read({"data": DataConfig}, None, words)["data"]
+        corpus = Corpus.open(config.dir)
+        tokenizer, split = corpus.tokenizer(), corpus.split("train")
+        rows = training_rows(split, config, tokenizer.bos, tokenizer.pad)
+        batches, tokens = Loader(rows, Share(256, 32, 1), 0, workers=0), split.shard(0).tokens
+        number, draw = iter(range(10**9)), torch.Generator().manual_seed(0)
+
+        def at_random() -> None:
+            starts = torch.randint(0, len(tokens) - 257, (256,), generator=draw).tolist()
+            torch.stack([torch.from_numpy(tokens[start : start + 257].astype("int64")) for start in starts])
+
+        times = in_turns({"ours": lambda: batches.step(next(number)), "at random": at_random}, 10 * repeats)
+    what = "loader, 256 rows of 256 tokens"
+    return [figure(what, times["ours"], times["at random"], "time over random rows of a memory map", "")]
+
+
+def english(size: int, seed: int) -> list[str]:
+    """Stories of made-up words, 50,000 of them by Zipf's law, of about `size` bytes in all."""
+    r = random.Random(seed)
+    starts = "b d f g k l m n p r s t st tr".split()
+    syllables = [a + b + c for a in starts for b in "aeiou" for c in ("", "n", "r", "s")]
+    names = sorted({"".join(r.choices(syllables, k=r.choice((1, 2, 2, 3)))) for _ in range(60_000)})
+    r.shuffle(names)
+    weights = list(itertools.accumulate(1 / (rank + 10) for rank in range(len(names))))
+    stories = list[str]()
+    while size > 0:
+        sentences = []
+        for _ in range(r.randint(6, 20)):
+            words = r.choices(names, cum_weights=weights, k=r.randint(4, 14))
+            end = r.choice(".,!?") + r.choice(("", "", "\n"))
+            sentences.append(" ".join([words[0].capitalize(), *words[1:]]) + end)
+        stories.append(" ".join(sentences))
+        size -= len(stories[-1])
+    return stories
+
+
+def encoding(repeats: int) -> list[Figure]:
+    """Text to tokens with the round trip checked, one process; and all cores against datasets.map."""
+    from data.encode import _cores, encode
+    from data.sources import Document
+    from data.tokenizer import Tokenizer, train
+
+    texts = english(16_000_000, 1)
+    size = sum(len(text.encode()) for text in texts)
+    documents = [Document("train", text, None) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        train(english(8_000_000, 2), 8192, Path(folder) / "model")
+        tokenizer = Tokenizer(Path(folder) / "model")
+
+        def ours(processes: int) -> None:
+            assert sum(story.text_bytes for story in encode(documents, tokenizer, processes)) == size
+
+        cases: dict[str, Callable[[], object]] = {"one": partial(ours, 1), "all": partial(ours, _cores())}
+        cases["sentencepiece"] = lambda: [tokenizer.encode(text) for text in texts]
+        peer = datasets_map(texts, folder)
+        if peer is not None:
+            cases["peer"] = peer
+        times = in_turns(cases, max(3, repeats // 3))
+    rate = [size / 1e6 / seconds for seconds in times["one"]]
+    plain = [size / 1e6 / seconds for seconds in times["sentencepiece"]]
+    what = "encoding made-up English, vocabulary 8,192, checked"
+    figures = [figure(f"{what}, one process", rate, plain, "speed over sentencepiece unchecked", "3 MB/s", unit="MB/s")]
+    if peer is not None:
+        figures.append(figure(f"{what}, all cores", times["all"], times["peer"], "speed over datasets.map", "2", True))
+    return figures
+
+
+def datasets_map(texts: list[str], folder: str) -> Callable[[], object] | None:
+    """datasets.map with a fast tokenizer by as many processes; None where `tokenizers` (extra `hub`) is missing."""
+    try:
+        import tokenizers
+    except ImportError:
+        return None
+    import datasets
+
+    from data.encode import _cores
+
+    datasets.disable_progress_bars()
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=8192, special_tokens=["<unk>"], show_progress=False)
+    fast.train_from_iterator(texts[: len(texts) // 2], trainer)
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(f"{folder}/texts")
+    table = datasets.load_from_disk(f"{folder}/texts")
+    encode = partial(encode_fast, fast.to_str())
+    return lambda: table.map(encode, batched=True, num_proc=_cores(), load_from_cache_file=False, remove_columns="text")
+
+
+def encode_fast(model: str, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    """A batch by the fast tokenizer, which each process makes once."""
+    import tokenizers
+
+    if model not in _fast:
+        _fast[model] = tokenizers.Tokenizer.from_str(model)
+    return {"ids": [one.ids for one in _fast[model].encode_batch(batch["text"])]}
+
+
+_fast: dict[str, "tokenizers.Tokenizer"] = {}  # type: ignore[name-defined]  # noqa: F821
+
+
+def start(repeats: int) -> list[Figure]:
+    """From the command to the end of the first step of launch/tiny.yaml, against importing torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--config", "launch/tiny.yaml", f"data.dir={folder}/corpus"]
+        words += ["data.stories=3000", "data.vocab_size=512"]
+        subprocess.run([sys.executable, "-m", "data.prepare", *words], cwd=ROOT, check=True, capture_output=True)
+
+        def first_step(number: int) -> float:
+            run = [*words, f"run.dir={folder}/runs", f"run.name=r{number}", "train.steps=1000", "log.wandb=disabled"]
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            metrics = Path(folder, "runs", f"r{number}", "metrics.jsonl")
+            began = time.perf_counter()
+            command = [*launch, "-m", "trainer.main", *run]
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                while not (metrics.exists() and b'"kind": "train"' in metrics.read_bytes()):
+                    assert process.poll() is None
+                    time.sleep(0.02)
+                seconds = time.perf_counter() - began
+                process.terminate()
+            return seconds
+
+        times: dict[str, list[float]] = {"start": [], "torch": []}
+        for number in range(max(3, repeats // 3)):
+            times["start"].append(first_step(number))
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "import torch"], check=True)
+            times["torch"].append(time.perf_counter() - began)
+    what = "torchrun to the end of the first step, launch/tiny.yaml, 2 processes"
+    return [figure(what, times["start"], times["torch"], "time over `import torch`", "10 s")]

@@ -4,6 +4,7 @@ The head's product, the cross-entropy and its gradient go by in chunks of tokens
 while its logits are at hand, so they are computed once and forgotten (the idea of Liger's and Apple's fused losses).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ IGNORE = -100  # the target of a place that does not count
 CHUNK_LOGITS = 1 << 22  # logits held at a time, unless that is fewer than CHUNK_TOKENS rows
 CHUNK_TOKENS = 256
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, D), weight (V, D), targets (T,) -> their summed loss
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; IGNORE counts nothing.
@@ -22,6 +25,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, targets, wants_grad)
+
+
+def liger_cross_entropy() -> Loss:
+    """The same loss by the Triton kernels of Liger (arXiv:2410.10989): on CUDA, or on a CPU with TRITON_INTERPRET=1.
+
+    Its import brings triton and takes seconds, so it happens here. Raises ImportError without liger-kernel.
+    """
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
+    return lambda hidden, weight, targets: fused(weight, hidden, targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

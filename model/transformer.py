@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.attention import Attention, KVCache, Places
 from model.config import ModelConfig
-from model.loss import IGNORE, full_logits, linear_cross_entropy
+from model.loss import IGNORE, Loss, full_logits, linear_cross_entropy
 from model.moe import FeedForward, MoE
 from model.random import Window, dropout, fold, initial_normal
 
@@ -86,6 +86,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
+        self.loss: Loss = linear_cross_entropy
 
     def forward(self, x: Tensor, targets: Tensor | None, embedding: Tensor) -> Tensor:
         """x (B, S, D) -> sum of the loss over targets (B, S); without targets logits (B, S, V).
@@ -96,7 +97,7 @@ class Head(nn.Module):
         weight = (embedding if self.weight is None else self.weight).to(x.dtype)
         if targets is None:
             return full_logits(x, weight)
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return self.loss(x.flatten(0, 1), weight, targets.flatten())
 
 
 class Transformer(nn.Module):

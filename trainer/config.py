@@ -47,6 +47,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="run parts of the forward again in the backward, for less memory: none | selective | full"
     )
+    liger: bool = Field(False, description="the loss by Liger's kernels on CUDA; elsewhere the built-in one")
     max_skipped: Positive = Field(10, description="stop after this many steps in a row without a finite gradient")
 
     @model_validator(mode="after")

@@ -3,23 +3,41 @@
 import ctypes
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
 import torch
 
 from data.config import ConfigError
+from model.loss import Loss, liger_cross_entropy, linear_cross_entropy
 from parallel.mesh import World
 
 
 def choose_device(wish: str, world: World) -> torch.device:
     """`auto` is CUDA where there is a device for each local rank. Raises ConfigError."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wish != "cpu" and count:
+        check_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     if wish == "cpu" or (wish == "auto" and count < world.local_size):
         return torch.device("cpu")
     if count < world.local_size:
         raise ConfigError(f"run.device=cuda: {world.local_size} processes here, but {count} CUDA devices; use cpu")
     return torch.device("cuda", world.local_rank)
+
+
+def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> None:
+    """Raises ConfigError for a card that this torch has no kernels for: an older one than any it was built for.
+
+    built_for is torch.cuda.get_arch_list(): sm_75, sm_90a, compute_120. Otherwise the first kernel would fail.
+    """
+    numbers = [int(digits) for arch in built_for if (digits := re.sub(r"\D", "", arch))]
+    mine = 10 * capability[0] + capability[1]
+    if numbers and mine < min(numbers):
+        raise ConfigError(
+            f"run.device: {name} is sm_{mine}, torch {torch.__version__} has kernels from sm_{min(numbers)} on; "
+            "install a torch built for it, choose another card (on Kaggle: GPU T4 x2), or give run.device=cpu"
+        )
 
 
 def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
@@ -44,6 +62,18 @@ def _bf16_pays() -> bool:
     if rate(torch.bfloat16, 128) < rate(torch.float32, 128) / 4:
         return False
     return rate(torch.bfloat16, 512) > 1.3 * rate(torch.float32, 512)
+
+
+def choose_loss(liger: bool, device: torch.device) -> tuple[Loss, str | None]:
+    """The loss that train.liger means here, and a line to say where the wish cannot be met."""
+    if not liger:
+        return linear_cross_entropy, None
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return linear_cross_entropy, "train.liger=true: its kernels want CUDA; the built-in loss is used"
+    try:
+        return liger_cross_entropy(), None
+    except ImportError as error:
+        return linear_cross_entropy, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
 
 
 def set_threads(wish: int | str, world: World) -> int:

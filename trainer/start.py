@@ -149,6 +149,9 @@ def begin(run: Run, newest: Path | None, notes: list[str], threads: int) -> None
     run.report.say("fresh" if newest is None else f"resumed from step {run.step}")
     for note in notes:
         run.report.say(note)
+    run.model.head.loss, without = machine.choose_loss(config.train.liger, run.device)
+    if without:
+        run.report.say(without)
     if advice := mesh.advice(run.world, config.model, run.degrees):
         run.report.say(advice)
     d, dtype = run.degrees, str(run.dtype).removeprefix("torch.")

@@ -1,0 +1,128 @@
+"""Every switch of the table in docs/switches.md acts, and the table names keys that are there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.trainer import cases
+from trainer import machine
+from trainer.config import SECTION_TYPES, read_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CHANGES = [  # another value -> other weights after five steps
+    "model.n_experts=6", "model.top_k=2", "model.noisy_top_k=true", "model.shared_expert=false",
+    "model.balance_rate=0.3", "model.dropout=0", "model.attention_dropout=0.2", "model.rope_theta=100", "model.n_kv_heads=1", "model.n_heads=4",
+    "model.n_layers=3", "model.dim=32", "model.expert_dim=8",
+    "train.clip=0.01", "train.beta1=0.5", "train.beta2=0.5", "train.eps=0.1", "train.weight_decay=0.5",
+    "train.max_lr=1e-2", "train.min_lr=2e-3", "train.warmup_steps=4", "train.decay_steps=3", "train.schedule=constant",
+    "train.global_batch_size=8", "train.seed=2", "data.seq_len=16", "data.pack=false",
+]  # fmt: skip
+SAME = ["train.micro_batch_size=3", "train.recompute=selective", "train.recompute=full", "train.reduce=every"]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus_dir):
+    return cases.steps(str(corpus_dir), "float64", [])
+
+
+def farthest(got, want):
+    if {k: v.shape for k, v in got.items()} != {k: v.shape for k, v in want.items()}:
+        return float("inf")
+    return max(np.linalg.norm(got[k] - v) / (np.linalg.norm(v) + 1e-12) for k, v in want.items())
+
+
+@pytest.mark.parametrize("word", CHANGES)
+def test_each_switch_changes_what_is_learned(corpus_dir, plain, word):
+    _, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
+    assert farthest(weights, plain[1]) > 1e-7
+
+
+@pytest.mark.parametrize("word", SAME)
+def test_what_only_saves_memory_changes_nothing(corpus_dir, plain, word):
+    told, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
+    assert farthest(weights, plain[1]) < 1e-12
+    assert [x["loss"] for x in told] == pytest.approx([x["loss"] for x in plain[0]], rel=1e-12)
+
+
+def test_balance_off_leaves_the_biases_at_zero(corpus_dir, plain):
+    _, weights, _ = cases.steps(str(corpus_dir), "float64", ["model.balance_rate=0"])
+    biases = [name for name in weights if name.endswith("router.bias")]
+    assert biases and not any(weights[name].any() for name in biases)
+    assert all(plain[1][name].any() for name in biases)
+
+
+def test_the_seeds_names_stand_beside_keys_that_exist():
+    text = (ROOT / "docs" / "switches.md").read_text()
+    keys = re.findall(r"`(data|model|train|eval|checkpoint|sample|run|log)\.(\w+)", text)
+    assert len(keys) > 30
+    for section, key in keys:
+        assert key in SECTION_TYPES[section].model_fields, f"{section}.{key}"
+
+
+# --- liger ---
+
+
+def test_without_cuda_liger_is_one_line_and_the_built_in_loss(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    loss, line = machine.choose_loss(True, torch.device("cpu"))
+    assert loss is machine.linear_cross_entropy and "train.liger=true" in line and "built-in loss" in line
+    assert machine.choose_loss(False, torch.device("cpu")) == (machine.linear_cross_entropy, None)
+
+
+LIGER = """
+import torch
+from trainer import machine
+from model.loss import IGNORE, linear_cross_entropy
+loss, line = machine.choose_loss(True, torch.device("cpu"))
+assert loss is not linear_cross_entropy and line is None, line
+torch.manual_seed(0)
+targets = torch.randint(0, 300, (40,))
+targets[::5] = IGNORE
+for of_rows in (targets, torch.full_like(targets, IGNORE)):
+    results = []
+    for way in (loss, linear_cross_entropy):
+        torch.manual_seed(1)
+        hidden, weight = torch.randn(40, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
+        value = way(hidden, weight, of_rows)
+        results.append((value, *torch.autograd.grad(value * 0.7, (hidden, weight))))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_ligers_own_kernels_give_the_same_loss_and_gradients():
+    """By Triton's interpreter, which must be chosen before triton is imported: so in a process of its own."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (it is for Linux only)")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# --- kaggle ---
+
+
+def test_a_card_too_old_for_torch_is_one_line():
+    built_for = ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_120"]
+    machine.check_card("Tesla T4", (7, 5), built_for)
+    machine.check_card("one that is newer", (13, 0), built_for)
+    machine.check_card("a torch without CUDA", (6, 0), [])
+    with pytest.raises(machine.ConfigError, match="P100.*is sm_60, torch .* from sm_75 on"):
+        machine.check_card("Tesla P100-PCIE-16GB", (6, 0), built_for)
+
+
+def test_fp16_on_the_cards_of_kaggle(monkeypatch):
+    """A T4 computes bf16 by emulation, though torch calls it supported."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert machine.choose_dtype("auto", torch.device("cuda", 0)) == torch.float16
+
+
+def test_the_kaggle_config_is_valid_and_asks_for_fp16():
+    config = read_config(ROOT / "launch" / "kaggle.yaml")
+    assert config.train.dtype == "float16" and config.run.name == "kaggle"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data.config import ConfigError
-from model.loss import Loss, liger_cross_entropy, linear_cross_entropy
+from model.loss import Loss, liger_cross_entropy
 from parallel.mesh import World
 
 
@@ -64,16 +64,16 @@ def _bf16_pays() -> bool:
     return rate(torch.bfloat16, 512) > 1.3 * rate(torch.float32, 512)
 
 
-def choose_loss(liger: bool, device: torch.device) -> tuple[Loss, str | None]:
-    """The loss that train.liger means here, and a line to say where the wish cannot be met."""
+def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | None]:
+    """The loss that train.liger brings, None for the model's own; and a line to say where the wish cannot be met."""
     if not liger:
-        return linear_cross_entropy, None
+        return None, None
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return linear_cross_entropy, "train.liger=true: its kernels want CUDA; the built-in loss is used"
+        return None, "train.liger=true: its kernels want CUDA; the built-in loss is used"
     try:
         return liger_cross_entropy(), None
     except ImportError as error:
-        return linear_cross_entropy, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
+        return None, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
 
 
 def set_threads(wish: int | str, world: World) -> int:

@@ -149,7 +149,8 @@ def begin(run: Run, newest: Path | None, notes: list[str], threads: int) -> None
     run.report.say("fresh" if newest is None else f"resumed from step {run.step}")
     for note in notes:
         run.report.say(note)
-    run.model.head.loss, without = machine.choose_loss(config.train.liger, run.device)
+    loss, without = machine.choose_loss(config.train.liger, run.device)
+    run.model.head.loss = loss or run.model.head.loss
     if without:
         run.report.say(without)
     if advice := mesh.advice(run.world, config.model, run.degrees):

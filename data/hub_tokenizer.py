@@ -119,4 +119,6 @@ def _beyond(model: Any) -> str | None:
         return "it treats blanks in a way of its own"
     if any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces):
         return "it has user-defined or unused pieces"
+    if not any(piece.piece == BLANK_MARK for piece in model.pieces):
+        return "it has no piece for a blank"
     return None

@@ -78,6 +78,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             byte_fallback=True,
             split_digits=True,
             character_coverage=0.9999,
+            required_chars=BLANK_MARK,  # a blank made of bytes would come back as U+2581
             num_threads=1,  # stands in the model, so it must not depend on the machine
             minloglevel=2,
         )

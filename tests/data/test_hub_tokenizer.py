@@ -81,7 +81,7 @@ def test_the_order_of_merges_is_that_of_sentencepiece(tmp_path_factory, data):
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus * 4), model_writer=made, model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", minloglevel=2, **more,
+        normalization_rule_name="identity", required_chars="\u2581", minloglevel=2, **more,
     )  # fmt: skip
     path.write_bytes(made.getvalue())
     tokenizer = Tokenizer(path)
@@ -172,6 +172,18 @@ def test_models_that_cannot_be_written_so_are_refused(tmp_path, more, why):
     with pytest.raises(UserError, match=rf"m\.model: cannot be written as tokenizer\.json, since {why}"):
         export_tokenizer(tokenizer, tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["m.model"]
+
+
+def test_a_model_without_a_blank_is_refused(tmp_path):
+    """To sentencepiece a blank is then the bytes of U+2581, and comes back as that."""
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["漢字"] * 9), model_writer=made, model_type="bpe", vocab_size=262, byte_fallback=True,
+        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "m.model").write_bytes(made.getvalue())
+    with pytest.raises(UserError, match="since it has no piece for a blank"):
+        export_tokenizer(Tokenizer(tmp_path / "m.model"), tmp_path, 10)
 
 
 def test_without_the_extra_it_says_what_to_install(ours, tmp_path, monkeypatch):

@@ -82,6 +82,14 @@ def test_many_texts_at_once_are_as_one_by_one(ours, texts):
     assert ours.decode([ours.bos, *(i for its in ids for i in its), ours.eos]) == "".join(texts)
 
 
+def test_blanks_come_back_from_a_model_that_hardly_saw_one(tmp_path):
+    texts = ["".join(chr(0x4E00 + (number * n) % 97) for n in range(2000)) for number in range(1, 20)]
+    for name, corpus in (("none", texts), ("one", [*texts, "漢 字"])):
+        train(corpus, 400, tmp_path / name)
+        tokenizer = Tokenizer(tmp_path / name)
+        assert tokenizer.decode(tokenizer.encode(" a  b\u2581 漢")) == " a  b\u2581 漢"
+
+
 def test_newlines_take_part_in_merges(ours):
     assert len(ours.encode("home.\n\nthe")) < len(ours.encode("home.")) + 2 + len(ours.encode("the"))
 
@@ -141,9 +149,9 @@ def test_too_large_a_vocabulary_offers_the_largest(tmp_path):
 
 def test_too_small_a_vocabulary_offers_the_smallest(tmp_path):
     alphabet = ["".join(chr(0x4E00 + i) for i in range(300))] * 3
-    with pytest.raises(UserError, match="data.vocab_size=300: .* needs 560 .* use data.vocab_size=560 or more"):
+    with pytest.raises(UserError, match="data.vocab_size=300: .* needs 561 .* use data.vocab_size=561 or more"):
         train(alphabet, 300, tmp_path / "model")
-    train(alphabet, 560, tmp_path / "model")
+    train(alphabet, 561, tmp_path / "model")
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n"], ["\u2585\0\u2581"]])

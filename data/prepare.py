@@ -5,7 +5,7 @@
 1. A finished corpus is left as it is: "ready" when settings and source are what it was made of, refused otherwise.
    An interrupted run goes on after its last finished shard, if settings and source are still the same, else anew.
 2. The tokenizer is trained on the training split, or copied from the path given.
-3. Stories are encoded by all cores, decoded again to count those that do not come back, and written to shards.
+3. Stories are encoded by all cores, those that would not decode to themselves are counted, and written to shards.
 4. The manifest, written last, makes it a corpus.
 """
 
@@ -186,12 +186,13 @@ def watched(what: str, source: "Source", items: Iterable[T]) -> Iterator[T]:
     """The items of a source, with a bar on a terminal or a line for each quarter elsewhere, on stderr."""
     from tqdm import tqdm
 
-    told = 0  # quarters
-    with tqdm(total=source.total, desc=what, unit=source.unit, unit_scale=True, disable=None, leave=False) as bar:
+    told, total = 0, source.total  # quarters
+    with tqdm(total=total, desc=what, unit=source.unit, unit_scale=True, disable=None, leave=False) as bar:
         for item in items:
             yield item
-            bar.update(source.position - bar.n)
-            quarter = min(source.position * 4 // source.total, 3)
+            position = source.position
+            bar.update(position - bar.n)
+            quarter = min(position * 4 // total, 3)
             if bar.disable and quarter > told:
                 told = quarter
                 print(f"{what}: {25 * quarter}%", file=sys.stderr)

@@ -10,9 +10,11 @@
 Tokens and endpoints are the business of huggingface's own environment variables (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 """
 
+import errno
 import logging.handlers
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,15 +184,20 @@ class Hub:
             )
         said = ", ".join(f"{name}: {split.num_examples}" for name, split in (builder.info.splits or {}).items())
         try:
-            builder.download_and_prepare()
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a full disk, which we report
+                builder.download_and_prepare()
             return builder.as_dataset()
         except NonMatchingSplitsSizesError:
             raise UserError(f"{self.given}: not as many rows came as it says ({said}); {self._again()}") from None
         except Exception as error:
             errors = [record.getMessage() for record in told.buffer if record.levelno >= logging.ERROR]
             why = (errors or [_line(_root(error))])[-1].partition("\n")[0].rstrip(".")
-            if getattr(_root(error), "errno", None) is None:  # else it is the disk
-                why = self._damage(builder.config.data_files) or why
+            match getattr(_root(error), "errno", None):
+                case None:
+                    why = self._damage(builder.config.data_files) or why
+                case errno.ENOSPC | errno.EDQUOT:
+                    room = f"{datasets.config.HF_CACHE_HOME} is full; make room there, or set HF_HOME to a larger disk"
+                    raise UserError(f"{self.given}: {room}") from None
             raise UserError(f"{self.given}: {why}; {self._again()}") from None
 
     def _damage(self, data_files: dict[str, list[str]]) -> str | None:

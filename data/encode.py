@@ -1,6 +1,6 @@
 """Stories -> tokens by all cores, in the order of the stories and in constant memory.
 
-Each batch is encoded and decoded again, to count the stories that do not come back, in a process of its own; a few
+Each batch is encoded in a process of its own, which counts the stories that would not decode to themselves; a few
 batches are under way at a time. A corpus of few batches is encoded right here, sooner than processes start.
 """
 
@@ -93,11 +93,10 @@ def zipped(batch: list[Document], done: Ids) -> Iterator[Encoded]:
 
 
 def _encode(texts: list[str], words: Words) -> Ids:
-    ids = words.encode_all(texts)
-    decoded = words.tokenizer.decode_all([story.tolist() for story in ids])
-    missed = [back != text for back, text in zip(decoded, texts, strict=True)]
-    ends = np.cumsum([len(story) for story in ids], dtype=np.int64)
-    return Ids(np.concatenate(ids), ends, [len(text.encode()) for text in texts], missed)
+    stories, came_back = zip(*map(words.encode, texts), strict=True)
+    ids = np.frombuffer(b"".join(stories), np.uint32)
+    ends = np.cumsum([len(story) // ids.itemsize for story in stories])
+    return Ids(ids, ends, [len(text.encode()) for text in texts], [not back for back in came_back])
 
 
 _words: Words  # of this process

@@ -10,15 +10,31 @@
 Tokens and endpoints are the business of huggingface's own environment variables (HF_TOKEN, HF_ENDPOINT, HF_HOME).
 """
 
+import errno
 import logging.handlers
 import sys
 import threading
+import warnings
+from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from data.clean import SEPARATOR, Cleaner
 from data.config import DataConfig, UserError
-from data.sources import BATCH_ROWS, READABLE, TRAIN, VALIDATION, Document, Files, check_field, find, rows_of, side
+from data.sources import (
+    BATCH_ROWS,
+    READABLE,
+    TRAIN,
+    VALIDATION,
+    Document,
+    Files,
+    check_field,
+    find,
+    readable,
+    rows_of,
+    side,
+)
 
 TINYSTORIES = "roneneldan/TinyStories"
 PATIENCE = 12.0  # seconds for the first answer; name servers and dead addresses have time limits of their own
@@ -157,10 +173,10 @@ class Hub:
             datasets.disable_progress_bars()
         try:
             builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.commit)
-        except ValueError as error:  # its second line lists the configs
-            why = " ".join(str(error).splitlines()[:2])
-            raise UserError(f"{self.given}: {why}; write {self.name}:CONFIG") from None
         except Exception as error:
+            if isinstance(error, ValueError) and "config" in str(error).lower():  # its second line lists them
+                why = " ".join(str(error).splitlines()[:2])
+                raise UserError(f"{self.given}: {why}; write {self.name}:CONFIG") from None
             raise UserError(f"{self.given}: {_line(error)}; give another data set, or files") from None
         if builder.hash != self.commit:  # without an answer it takes what the cache holds
             raise UserError(
@@ -168,14 +184,37 @@ class Hub:
             )
         said = ", ".join(f"{name}: {split.num_examples}" for name, split in (builder.info.splits or {}).items())
         try:
-            builder.download_and_prepare()
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a full disk, which we report
+                builder.download_and_prepare()
             return builder.as_dataset()
         except NonMatchingSplitsSizesError:
             raise UserError(f"{self.given}: not as many rows came as it says ({said}); {self._again()}") from None
         except Exception as error:
             errors = [record.getMessage() for record in told.buffer if record.levelno >= logging.ERROR]
             why = (errors or [_line(_root(error))])[-1].partition("\n")[0].rstrip(".")
+            match getattr(_root(error), "errno", None):
+                case None:
+                    why = self._damage(builder.config.data_files) or why
+                case errno.ENOSPC | errno.EDQUOT:
+                    room = f"{datasets.config.HF_CACHE_HOME} is full; make room there, or set HF_HOME to a larger disk"
+                    raise UserError(f"{self.given}: {room}") from None
             raise UserError(f"{self.given}: {why}; {self._again()}") from None
+
+    def _damage(self, data_files: dict[str, list[str]]) -> str | None:
+        """The first file that our own readers cannot read, and why: the client names no file that will not unpack."""
+        from huggingface_hub import try_to_load_from_cache
+
+        names = [url.partition(f"@{self.commit}/")[2] for files in data_files.values() for url in files]
+        paths = [try_to_load_from_cache(self.name, n, revision=self.commit, repo_type="dataset") for n in names]
+        if not all(isinstance(path, str) for path in paths):
+            return None  # it ended before all were here
+        for name, path in zip(names, map(str, paths), strict=True):
+            try:
+                if readable(Path(name)):
+                    deque(Files(DataConfig(source=path, text_field=self.text_field)), 0)
+            except UserError as error:
+                return str(error).replace(path, name).removesuffix("; fetch it anew")
+        return None
 
     def _again(self) -> str:
         import datasets

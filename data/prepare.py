@@ -5,12 +5,13 @@
 1. A finished corpus is left as it is: "ready" when settings and source are what it was made of, refused otherwise.
    An interrupted run goes on after its last finished shard, if settings and source are still the same, else anew.
 2. The tokenizer is trained on the training split, or copied from the path given.
-3. Stories are encoded by all cores, decoded again to count those that do not come back, and written to shards.
+3. Stories are encoded by all cores, those that would not decode to themselves are counted, and written to shards.
 4. The manifest, written last, makes it a corpus.
 """
 
 import argparse
 import contextlib
+import errno
 import shlex
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from data.config import DataConfig, UserError, help_text, read
 
 if TYPE_CHECKING:  # at run time inside the functions: numpy and sentencepiece would slow down --help
-    from data.shards import Corpus, Progress
+    from data.shards import Corpus, Manifest, Progress
     from data.sources import Document, Source
     from data.tokenizer import Tokenizer
 
@@ -47,28 +48,35 @@ def prepare(config: DataConfig) -> tuple["Corpus", bool]:
 
 def finished(config: DataConfig, folder: Path) -> "Corpus | None":
     """The corpus in `folder`, None when it is not finished. Raises UserError when it was made of anything else."""
-    from data.shards import MANIFEST, Corpus, differences, settings_of
+    from data.shards import MANIFEST, Corpus
     from data.sources import open_source
 
     if not (folder / MANIFEST).exists():
         return None
     corpus = Corpus.open(folder)
     made = corpus.manifest
-    changed = [f"data.{key} {old} -> {new}" for key, old, new in differences(made.settings, settings_of(config))]
+    changed = changes(made, config, made.source)
     if not changed:
         corpus.check(config)  # a given tokenizer may have changed under its name
         try:
-            now = open_source(config).fingerprint()
+            changed = changes(made, config, open_source(config).fingerprint())
         except UserError:  # many delete the stories once they are tokens
             print(f"data.source={config.source}: not there any more; the corpus stands for it", file=sys.stderr)
-            return corpus
-        changed = [f"{key}: {old} -> {new}" for key, old, new in differences(made.source, now)]
     if changed:
         raise UserError(
-            f"data.dir={folder}: the corpus there was made of something else ({'; '.join(changed[:3])}"
-            f"{'; ...' if changed[3:] else ''}); give another data.dir, or delete that folder"
+            f"data.dir={folder}: the corpus there was made of something else ({changed}); "
+            "give another data.dir, or delete that folder"
         )
     return corpus
+
+
+def changes(made: "Manifest | Progress", config: DataConfig, source: dict[str, str]) -> str:
+    """What a corpus, whole or begun, was made of and is asked to be now, where they differ; empty if nowhere."""
+    from data.shards import differences, settings_of
+
+    found = [f"data.{key} {old} -> {new}" for key, old, new in differences(made.settings, settings_of(config))]
+    found += [f"{key}: {old} -> {new}" for key, old, new in differences(made.source, source)]
+    return "; ".join(found[:3]) + ("; ..." if found[3:] else "")
 
 
 @contextlib.contextmanager
@@ -114,6 +122,8 @@ def make(config: DataConfig, source: "Source", folder: Path) -> None:
         with contextlib.closing(encoded):
             for story in encoded:
                 writers[story.split].add(story.ids, story.text_bytes, story.log_prob, story.missed)
+    if source.fingerprint() != fingerprint:
+        raise UserError(f"data.source={config.source}: it changed while it was read; the same command begins anew")
     if config.clean:
         print(f"data.clean: {source.cleaner}", file=sys.stderr)
     stories = sum(writer.info.documents for writer in writers.values())
@@ -144,13 +154,14 @@ def begin(config: DataConfig, source: "Source", folder: Path, fingerprint: dict[
     from data.sources import TRAIN, VALIDATION
     from data.tokenizer import Tokenizer
 
-    wanted = settings_of(config)
+    given = folder / MODEL if config.tokenizer == "train" else Path(config.tokenizer).expanduser()
     try:
         old = Progress.model_validate_json((folder / PROGRESS).read_bytes())
-        same = old.settings == wanted and old.source == fingerprint
-        given = folder / MODEL if config.tokenizer == "train" else Path(config.tokenizer).expanduser()
-        if same and old.tokenizer_hash == Tokenizer(folder / MODEL).hash == Tokenizer(given).hash:
+        changed = changes(old, config, fingerprint)
+        if not changed and old.tokenizer_hash == Tokenizer(folder / MODEL).hash == Tokenizer(given).hash:
             return old
+        changed = changed or "the tokenizer"
+        print(f"data.dir={folder}: begun of something else ({changed}); beginning anew", file=sys.stderr)
     except (OSError, ValueError, UserError):
         pass  # none, or not whole
     (folder / PROGRESS).unlink(missing_ok=True)
@@ -158,7 +169,7 @@ def begin(config: DataConfig, source: "Source", folder: Path, fingerprint: dict[
         for left in folder.glob(f"{name}-*.shard*"):
             left.unlink()
     tokenizer = make_tokenizer(config, source, folder / MODEL)
-    return Progress(settings=wanted, source=fingerprint, tokenizer_hash=tokenizer.hash)
+    return Progress(settings=settings_of(config), source=fingerprint, tokenizer_hash=tokenizer.hash)
 
 
 def skip(documents: "Iterable[Document]", past: dict[str, int]) -> "Iterator[Document]":
@@ -186,12 +197,13 @@ def watched(what: str, source: "Source", items: Iterable[T]) -> Iterator[T]:
     """The items of a source, with a bar on a terminal or a line for each quarter elsewhere, on stderr."""
     from tqdm import tqdm
 
-    told = 0  # quarters
-    with tqdm(total=source.total, desc=what, unit=source.unit, unit_scale=True, disable=None, leave=False) as bar:
+    told, total = 0, source.total  # quarters
+    with tqdm(total=total, desc=what, unit=source.unit, unit_scale=True, disable=None, leave=False) as bar:
         for item in items:
             yield item
-            bar.update(source.position - bar.n)
-            quarter = min(source.position * 4 // source.total, 3)
+            position = source.position
+            bar.update(position - bar.n)
+            quarter = min(position * 4 // total, 3)
             if bar.disable and quarter > told:
                 told = quarter
                 print(f"{what}: {25 * quarter}%", file=sys.stderr)
@@ -238,8 +250,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on after the last finished shard", file=sys.stderr)
         return 130
-    except OSError as error:  # disk full, no permission
-        print(f"{error.filename or f'data.dir={config.dir}'}: {error.strerror}", file=sys.stderr)
+    except OSError as error:  # no permission, disk full
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        mend = "; make room: the same command goes on after the last finished shard" if full else ""
+        print(f"{error.filename or f'data.dir={config.dir}'}: {error.strerror}{mend}", file=sys.stderr)
         return 2
     if made:
         print(summary(corpus, time.monotonic() - began))

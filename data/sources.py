@@ -267,7 +267,7 @@ def find(key: str, given: str) -> list[Path]:
         found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
     else:
         found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-    files = [p for p in found if _readable(p)]
+    files = [p for p in found if readable(p)]
     if not files:
         exists = "not a file of stories" if path.is_file() else "no file of stories there"
         why = exists if found or path.is_dir() else "no such file or folder"
@@ -279,7 +279,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _readable(path: Path) -> bool:
+def readable(path: Path) -> bool:
     *inner, last = [suffix.lower() for suffix in path.suffixes] or [""]
     return last in (".jsonl", ".parquet", ".txt") or (last == ".gz" and (not inner or inner[-1] in (".jsonl", ".txt")))
 
@@ -292,7 +292,7 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "storybook":
         return Storybook(config)
     path = Path(config.source)
-    if (named := HUB_NAME.fullmatch(config.source)) and not path.exists() and not _readable(path):
+    if (named := HUB_NAME.fullmatch(config.source)) and not path.exists() and not readable(path):
         from data.hub import Hub
 
         return Hub(config, named["name"], named["config"], named["revision"])

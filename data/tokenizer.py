@@ -4,7 +4,8 @@
    rare becomes bytes, so every text has an encoding and decodes to itself: no normalization, no blanks added or
    dropped, newlines kept (they take part in merges: `."` and a blank line may be one token).
 2. `Tokenizer` encodes and decodes with a model of ours or of others. No text yields a control id, whatever it spells.
-3. `Words` encodes many texts several times as fast, where a model has no piece that spans two words: ours.
+3. `Words` encodes many texts several times as fast, and checks that they come back, where a model has no piece that
+   spans two words: ours.
 4. `StreamDecoder` turns ids into text one by one and never shows half a character.
 """
 
@@ -78,6 +79,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             byte_fallback=True,
             split_digits=True,
             character_coverage=0.9999,
+            required_chars=BLANK_MARK,  # a blank made of bytes would come back as U+2581
             num_threads=1,  # stands in the model, so it must not depend on the machine
             minloglevel=2,
         )
@@ -152,10 +154,6 @@ class Tokenizer:
         """Text of the ids; control ids give nothing, bytes that are no UTF-8 give U+FFFD each."""
         return self._sp.decode(list(ids))
 
-    def decode_all(self, ids: Sequence[list[int]]) -> list[str]:
-        """Text of each list of ids."""
-        return self._sp.decode(list(ids), num_threads=1) if ids else []
-
     def byte(self, id: int) -> int | None:
         """The byte that a byte piece stands for, None for all other ids."""
         return self._byte.get(id)
@@ -176,45 +174,56 @@ class Tokenizer:
 class Words:
     """Encodes word by word and remembers: no piece has a blank but at its start, so no merge reaches across words.
 
+    A word is decoded again when it is learnt. As long as each came back, so does any text made of them.
     Models of others that do it otherwise, or treat blanks in a way of their own, are asked text by text.
     """
 
-    MOST, LONGEST = 1 << 20, 64  # words remembered at a time; characters of one
+    MOST, LONGEST = 1 << 17, 64  # words remembered at a time, some 30 MB; characters of one
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._first: dict[str, bytes] = {}  # a word at the start of a text -> its ids as uint32
         self._later: dict[str, bytes] = {}  # one that follows a blank
+        self._lossy = False  # some word did not come back
         shown = (tokenizer.piece(id) for id in range(tokenizer.vocab_size))
         probes = ["", " ", "a b", "  a   b ", "e\u0301 \u2167 \ufb01", "\n x\t\n", "A B\u3000C\xa0D", "The  end. "]
         self.fits = all(BLANK_MARK not in piece[1:] for piece in shown) and all(
-            self._ids(probe).tolist() == tokenizer.encode(probe) for probe in probes
+            self._joined(probe) == _packed(tokenizer.encode(probe)) for probe in probes
         )
 
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """uint32 ids of each text, as `Tokenizer.encode` gives them. Raises UserError as it does."""
-        if not self.fits:
-            return [np.array(self.tokenizer.encode(text), np.uint32) for text in texts]
-        return [self._ids(text) for text in texts]
+    def encode(self, text: str) -> tuple[bytes, bool]:
+        """The ids as `Tokenizer.encode` gives them, in uint32, and whether they decode to the text.
 
-    def _ids(self, text: str) -> np.ndarray:
-        if BLANK_MARK in text:
-            return np.array(self.tokenizer.encode(text), np.uint32)
+        Raises UserError as it does.
+        """
+        if BLANK_MARK in text or not self.fits:
+            ids = self.tokenizer.encode(text)
+            return _packed(ids), self.tokenizer.decode(ids) == text
+        joined = self._joined(text)
+        return joined, not self._lossy or self.tokenizer.decode(np.frombuffer(joined, np.uint32).tolist()) == text
+
+    def _joined(self, text: str) -> bytes:
         first, *words = text.split(" ")
         try:
-            parts = [self._first[first], *map(self._later.__getitem__, words)]
+            return b"".join([self._first[first], *map(self._later.__getitem__, words)])
         except KeyError:
-            parts = [self._learn(self._first, first, first)]
-            parts += [self._later.get(word) or self._learn(self._later, word, " " + word) for word in words]
-        return np.frombuffer(b"".join(parts), np.uint32)
+            start = self._first.get(first) or self._learn(self._first, first, first)
+            rest = [self._later.get(word) or self._learn(self._later, word, " " + word) for word in words]
+            return b"".join([start, *rest])
 
     def _learn(self, known: dict[str, bytes], word: str, text: str) -> bytes:
-        ids = np.array(self.tokenizer.encode(text), np.uint32).tobytes()
+        ids = self.tokenizer.encode(text)
+        self._lossy = self._lossy or self.tokenizer.decode(ids) != text
+        packed = _packed(ids)
         if len(word) <= self.LONGEST:
             if len(known) >= self.MOST:
                 known.clear()
-            known[word] = ids
-        return ids
+            known[word] = packed
+        return packed
+
+
+def _packed(ids: list[int]) -> bytes:
+    return np.array(ids, np.uint32).tobytes()
 
 
 def _replace_each(error: UnicodeError) -> tuple[str, int]:

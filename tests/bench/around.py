@@ -1,6 +1,7 @@
 """What is around a training step: the loss's memory, attention in chunks, loader, encoding, and the start of a run."""
 
 import itertools
+import os
 import random
 import resource
 import subprocess
@@ -114,37 +115,53 @@ def english(size: int, seed: int) -> list[str]:
 
 
 def encoding(repeats: int) -> list[Figure]:
-    """Text to tokens with the round trip checked, one process; and all cores against datasets.map."""
+    """Text to tokens with the round trip checked: one process, and all cores to shards on disk against datasets.map.
+
+    Of made-up English, or of the file of stories (.jsonl, .txt, .parquet) that the environment's STORIES names.
+    """
+    from data.config import DataConfig
     from data.encode import _cores, encode
-    from data.sources import Document
+    from data.shards import Writer
+    from data.sources import TRAIN, Document, open_source
     from data.tokenizer import Tokenizer, train
 
-    texts = english(16_000_000, 1)
+    if path := os.environ.get("STORIES"):
+        named, texts = Path(path).name, [story.text for story in open_source(DataConfig(source=path))]
+    else:
+        named, texts = "made-up English", english(16_000_000, 1)
     size = sum(len(text.encode()) for text in texts)
-    documents = [Document("train", text, None) for text in texts]
+    times_over = max(1, round(48e6 / size))
+    documents = [Document(TRAIN, text, None) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
-        train(english(8_000_000, 2), 8192, Path(folder) / "model")
+        train(texts[::2], 8192, Path(folder) / "model")
         tokenizer = Tokenizer(Path(folder) / "model")
 
-        def ours(processes: int) -> None:
-            assert sum(story.text_bytes for story in encode(documents, tokenizer, processes)) == size
+        def one() -> None:
+            assert sum(story.text_bytes for story in encode(documents, tokenizer, 1)) == size
 
-        cases: dict[str, Callable[[], object]] = {"one": partial(ours, 1), "all": partial(ours, _cores())}
+        def to_shards() -> None:
+            with Writer(Path(folder), TRAIN, tokenizer, 50_000_000) as writer:
+                for story in encode(documents * times_over, tokenizer, _cores()):
+                    writer.add(story.ids, story.text_bytes, story.log_prob, story.missed)
+            assert writer.info.text_bytes == size * times_over and not writer.info.misses
+
+        cases: dict[str, Callable[[], object]] = {"one": one, "all": to_shards}
         cases["sentencepiece"] = lambda: [tokenizer.encode(text) for text in texts]
-        peer = datasets_map(texts, folder)
+        peer = datasets_map(texts, times_over, folder)
         if peer is not None:
             cases["peer"] = peer
-        times = in_turns(cases, max(3, repeats // 3))
+        times = in_turns(cases, max(4, repeats // 3))
     rate = [size / 1e6 / seconds for seconds in times["one"]]
     plain = [size / 1e6 / seconds for seconds in times["sentencepiece"]]
-    what = "encoding made-up English, vocabulary 8,192, checked"
+    what = f"encoding {named}, vocabulary 8,192, checked"
     figures = [figure(f"{what}, one process", rate, plain, "speed over sentencepiece unchecked", "3 MB/s", unit="MB/s")]
     if peer is not None:
-        figures.append(figure(f"{what}, all cores", times["all"], times["peer"], "speed over datasets.map", "2", True))
+        what += f", {_cores()} processes, {size * times_over / 1e6:.0f} MB"
+        figures.append(figure(what, times["all"], times["peer"], "speed over datasets.map, fast tokenizer", "2", True))
     return figures
 
 
-def datasets_map(texts: list[str], folder: str) -> Callable[[], object] | None:
+def datasets_map(texts: list[str], times_over: int, folder: str) -> Callable[[], object] | None:
     """datasets.map with a fast tokenizer by as many processes; None where `tokenizers` (extra `hub`) is missing."""
     try:
         import tokenizers
@@ -158,8 +175,8 @@ def datasets_map(texts: list[str], folder: str) -> Callable[[], object] | None:
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=8192, special_tokens=["<unk>"], show_progress=False)
-    fast.train_from_iterator(texts[: len(texts) // 2], trainer)
-    datasets.Dataset.from_dict({"text": texts}).save_to_disk(f"{folder}/texts")
+    fast.train_from_iterator(texts[::2], trainer)
+    datasets.Dataset.from_dict({"text": texts * times_over}).save_to_disk(f"{folder}/texts")
     table = datasets.load_from_disk(f"{folder}/texts")
     encode = partial(encode_fast, fast.to_str())
     return lambda: table.map(encode, batched=True, num_proc=_cores(), load_from_cache_file=False, remove_columns="text")

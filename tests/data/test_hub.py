@@ -1,3 +1,4 @@
+import gzip
 import io
 import os
 import shlex
@@ -39,6 +40,8 @@ TINY = {
     "data/validation-00000-of-00001.parquet": parquet(text=OWN),
 }
 WHOLE = parquet(text=STORIES)
+HOLE = WHOLE[:400] + bytes(50) + WHOLE[450:]
+ROWS = gzip.compress("".join(f'{{"text": "{number}"}}\n' for number in range(700)).encode())
 REPOSITORIES = {
     "roneneldan/TinyStories": {"main": TINY, "v0": TINY | {"data/train-00001-of-00002.parquet": WHOLE}},
     "me/lines": {"main": {"train.txt": "\n".join(s.replace("\n", " ") for s in STORIES).encode()}},
@@ -49,7 +52,9 @@ REPOSITORIES = {
     "me/nothing": {"main": {"README.md": b"soon"}},
     "me/code": {"main": {"code.py": b"open('it-ran', 'w')", "train.parquet": WHOLE}},
     "me/cut": {"main": {"data/train-0-of-2.parquet": WHOLE, "data/train-1-of-2.parquet": WHOLE[:-50]}},
-    "me/gzip": {"main": {"train.jsonl.gz": b"\x1f\x8b\x08\0junk and more junk"}},
+    "me/damaged": {"main": {"data/train-0-of-2.parquet": WHOLE, "data/train-1-of-2.parquet": HOLE}},
+    "me/gzip": {"main": {"data/train-0.jsonl.gz": ROWS, "data/train-1.jsonl.gz": ROWS[:-200]}},
+    "me/latin": {"main": {"train.txt": "café\n".encode("latin-1") * 9}},
     "me/configs": {
         "main": {
             "README.md": card(
@@ -85,7 +90,7 @@ def prepare(hub, tmp_path_factory, tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "data.prepare", f"data.source={source}", *words],
             env=hub.environment(home, PYTHONPATH=str(ROOT), HF_TOKEN="hf_secret") | environment,
-            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
     return run
@@ -199,8 +204,14 @@ def test_what_does_not_exist_is_said_before_anything_is_loaded(prepare, source, 
         ("me/test", "data.source=me/test: ", "no split train, but test"),
         ("me/nothing", "data.source=me/nothing: ", "doesn't contain any data files"),
         ("me/code", "data.source=me/code: ", "scripts are no longer supported"),
-        ("me/cut", "data.source=me/cut: ", "train-1-of-2.parquet"),
-        ("me/gzip", "data.source=me/gzip: ", "decompressing"),
+        ("me/cut", "data.source=me/cut: data/train-1-of-2.parquet: ", "the parquet is cut or damaged after row 0"),
+        (
+            "me/damaged",
+            "data.source=me/damaged: data/train-1-of-2.parquet: ",
+            "the parquet is cut or damaged after row 0",
+        ),
+        ("me/gzip", "data.source=me/gzip: data/train-1.jsonl.gz: ", "the gzip is cut or damaged after line "),
+        ("me/latin", "data.source=me/latin: train.txt, line 1: ", "not UTF-8"),
         ("me/configs", "data.source=me/configs: ", "['all', 'few']; write me/configs:CONFIG"),
         ("me/configs:some", "data.source=me/configs:some: ", "['all', 'few']; write me/configs:CONFIG"),
         ("me/count", "data.source=me/count: ", "not as many rows came as it says (train: 701)"),

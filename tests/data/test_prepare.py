@@ -23,6 +23,7 @@ NAMES = ("Tom", "Lily", "Ann", "Bo", "Max", "Mia")
 STORIES = [f"{name} saw a {size} {thing}.\n\n{name} was {mood}. " for name in NAMES for size in ("big", "red", "old")
            for thing in ("dog", "cat", "hat", "car", "pond") for mood in ("glad", "sad")]  # fmt: skip
 ODD = ["<s> </s> <unk> <pad> <0x41>", "\u2581 \u2585\0", " two  blanks ", "tab\tCRLF\r\n🎉 漢字", "x" * 20_000]
+GOES_ON = "the same command goes on after the last finished shard"
 COMMAND = [sys.executable, "-m", "data.prepare"]
 
 
@@ -238,9 +239,7 @@ def test_an_interrupted_run_says_so_and_can_be_repeated():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == ""
-    assert [line for line in err.splitlines() if line][-1] == (
-        "interrupted; the same command goes on after the last finished shard"
-    )
+    assert [line for line in err.splitlines() if line][-1] == f"interrupted; {GOES_ON}"
     assert "Traceback" not in err
     with pytest.raises(UserError, match="unfinished"):
         Corpus.open("corpus")
@@ -256,8 +255,35 @@ def test_a_full_disk_is_one_line():
     )
     limited = subprocess.run([sys.executable, "-c", code, *words()], capture_output=True, text=True)
     assert limited.returncode == 2 and limited.stdout == ""
-    assert limited.stderr.splitlines()[-1] == f"data.dir=corpus: {os.strerror(errno.EFBIG)}"
+    assert limited.stderr.splitlines()[-1] == f"data.dir=corpus: {os.strerror(errno.EFBIG)}; make room: {GOES_ON}"
     assert "Traceback" not in limited.stderr
+
+
+def test_finished_shards_stay_on_a_full_disk():
+    """A disk of 400 kB; with more room the same command goes on."""
+    write_long(8)
+    argv = words(source="long.txt", tokenizer=model(STORIES), shard_tokens=40_000)
+    assert main(argv) == 0
+    Path("small").mkdir()
+    script = (
+        "mount -t tmpfs -o size=400k tmpfs small || exit 77\n"
+        '"$@"; echo "code $?"; ls -i small/corpus > full\n'
+        'mount -o remount,size=64m small && "$@" || exit\n'
+        "ls -i small/corpus > done; mv small/corpus roomy"
+    )
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *COMMAND, *argv]
+    try:
+        run = subprocess.run([*command, "data.dir=small/corpus"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("a small disk takes unshare, of util-linux")
+    if run.returncode in (1, 77) and "code" not in run.stdout:
+        pytest.skip(f"a small disk takes the right to mount one: {run.stderr.strip()}")
+    assert run.returncode == 0 and run.stdout.startswith("code 2\n"), run
+    assert f"data.dir=small/corpus: {os.strerror(errno.ENOSPC)}; make room: {GOES_ON}\n" in run.stderr
+    before, after = (set(Path(name).read_text().split("\n")) for name in ("full", "done"))
+    kept = {line for line in before if line.endswith(".shard")}
+    assert len(kept) >= 2 and kept < after and "going on after" in run.stderr
+    assert whole("roomy") == whole("corpus")
 
 
 def test_two_at_once_make_one_corpus():
@@ -284,24 +310,34 @@ def whole(folder):
 
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_bytes():
-    """SIGKILL at random moments, also between a shard's end and its name; finished shards are not made again."""
+    """SIGKILL a random moment after each of its steps has begun; finished shards are not made again."""
     write_long(200)
-    random, argv = Random(4), words(**LONG)
+    random, argv = Random(4), words(**LONG | {"shard_tokens": 120_000})
     assert main([*argv, "data.dir=undisturbed"]) == 0
-    killed, kept = 0, {}
-    while killed < 10:
-        with subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            time.sleep(random.uniform(0.2, 1.5))
-            if process.poll() is not None:
-                break
+    total, kept = len(shards("undisturbed")), dict[str, tuple[int, int]]()
+    reading, training = "reading for the tokenizer: 25%", "reading for the tokenizer: done"
+    assert total >= 40
+    for step in ["", reading, training, "tokenizer.model", *["a shard"] * 6]:
+        with subprocess.Popen([*COMMAND, *argv], stderr=subprocess.PIPE, text=True) as process:
+            if step == "tokenizer.model" or step == "a shard":
+                while not Path("corpus", "tokenizer.model").exists() or step == "a shard" and shards("corpus") == kept:
+                    assert process.poll() is None, process.communicate()
+                    time.sleep(0.002)
+            elif step:
+                assert any(line.startswith(step) for line in process.stderr)
+            time.sleep(random.uniform(0, 0.2 if step != "a shard" else 0.03))
             process.kill()
-        killed += 1
-        now = {p.name: p.stat().st_ino for p in Path("corpus").glob("*.shard")}
-        assert {name: now.get(name) for name in kept} == kept
+        now = shards("corpus")
+        assert kept.items() <= now.items() and not Path("corpus", "manifest.json").exists()
         kept = now
-    assert killed >= 3 and main(argv) == 0
-    assert {name: Path("corpus", name).stat().st_ino for name in kept} == kept
+    assert 6 <= len(kept) < total and main(argv) == 0
+    assert kept.items() <= shards("corpus").items()
     assert whole("corpus") == whole("undisturbed")
+
+
+def shards(folder: str) -> dict[str, tuple[int, int]]:
+    """The finished ones, each with what tells a file from one that was made again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).glob("*.shard")}
 
 
 @pytest.mark.slow
@@ -341,11 +377,37 @@ def test_one_process_or_many_give_the_same_tokens():
         assert a.text_bytes == len(story.text.encode()) and a.log_prob == story.log_prob and not a.missed
 
 
-def test_another_setting_begins_anew():
+@pytest.mark.parametrize("changed", ["a setting", "the stories"])
+def test_what_was_begun_of_something_else_begins_anew(capsys, changed):
     assert main(words(shard_tokens=100)) == 0
-    progress = {"version": 1, "settings": {}, "source": {}, "tokenizer_hash": "", "splits": {}}
+    manifest = json.loads(Path("corpus/manifest.json").read_text())
     Path("corpus/manifest.json").unlink()
-    Path("corpus/progress.json").write_text(json.dumps(progress))
-    assert main(words(shard_tokens=90)) == 0
-    assert main([*words(shard_tokens=90), "data.dir=other"]) == 0
+    kept = {key: manifest[key] for key in ("version", "settings", "source", "tokenizer_hash", "splits")}
+    Path("corpus/progress.json").write_text(json.dumps(kept))
+    if changed == "the stories":
+        Path("s.txt").write_bytes(Path("s.txt").read_bytes() + b"\n<|endoftext|>\nOne more.")
+    argv = words(shard_tokens=100 if changed == "the stories" else 90)
+    capsys.readouterr()
+    assert main(argv) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("data.dir=corpus: begun of something else (") and said.endswith("); beginning anew")
+    assert ("s.txt: " if changed == "the stories" else "data.shard_tokens 100 -> 90") in said
+    assert main([*argv, "data.dir=other"]) == 0
     assert whole("corpus") == whole("other")
+
+
+def test_stories_that_change_while_they_are_read_are_refused(capsys):
+    from data import prepare
+
+    skip = prepare.skip
+
+    def meanwhile(documents, past):
+        yield from skip(documents, past)
+        with open("s.txt", "a") as file:
+            file.write("!")
+
+    with mock.patch("data.prepare.skip", meanwhile):
+        said = refusal(capsys, words())
+    assert said == "data.source=s.txt: it changed while it was read; the same command begins anew"
+    assert not Path("corpus/manifest.json").exists() and main(words()) == 0
+    assert main(words(dir="other")) == 0 and whole("corpus") == whole("other")

@@ -132,7 +132,8 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         real = torch.ones_like(tokens, dtype=torch.bool) if targets is None else targets != IGNORE
         x = self.embedding(tokens).to(self.compute_dtype)
-        places = Places.of(self.config, positions, documents, x.dtype)
+        dropped = self.training and self.config.attention_dropout > 0
+        places = Places.of(self.config, x, positions, documents, dropped)
         x = dropout(x, self.config.dropout, keys, EMBEDDING)
         loads: list[Tensor] = []
         statistics: list[Tensor] = []

@@ -114,6 +114,9 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto | cpu | cuda")
     threads: Positive | Literal["auto"] = Field("auto", description="CPU threads a rank; auto: cores / local ranks")
     timeout: Positive = Field(600, description="seconds after which a silent rank ends the run")
+    deterministic: bool = Field(
+        False, description="the same bits on every start of the same run, on CUDA too (slower); a CPU's are anyway"
+    )
 
     @property
     def folder(self) -> Path:

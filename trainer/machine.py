@@ -97,6 +97,14 @@ def _parents_environment() -> dict[str, str]:
     return dict(item.partition("=")[::2] for item in raw.split("\0") if "=" in item)
 
 
+def be_deterministic() -> None:
+    """Only kernels whose results do not depend on chance, an error where there is none. Call it before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order each time
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is never read
+    torch.backends.cudnn.benchmark = False
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep the pages of freed tensors: it would hand out fresh ones each step, at 1/3 of the time."""
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_MAX_" not in os.environ:

@@ -1,5 +1,6 @@
 """Runs of seconds for the pool's processes, and for this one."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def run(corpus: Path, runs: Path, *more: str) -> int:
 def run_words(corpus: str, runs: str, more: list[str]) -> int:
     """`run` for the pool."""
     return run(Path(corpus), Path(runs), *more)
+
+
+def deterministic_run(corpus: str, runs: str, more: list[str]) -> tuple[bool, str]:
+    """`run` with run.deterministic, whose switch is turned off again: whether it was on, and cuBLAS's setting."""
+    try:
+        assert run(Path(corpus), Path(runs), "run.deterministic=true", *more) == 0
+        return torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def losses(folder: Path) -> list[float]:

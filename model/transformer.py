@@ -76,7 +76,10 @@ class Block(nn.Module):
         return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads, statistics
 
     def attend(self, x: Tensor, places: Places, cache: KVCache | None) -> Tensor:
-        return self.attention(self.attention_norm(x), places, cache)
+        return self.attention.attend(*self.qkv(x, places.positions, places.turn), places, cache)
+
+    def qkv(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x), positions, turn)
 
 
 class Head(nn.Module):

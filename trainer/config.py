@@ -50,6 +50,9 @@ class TrainConfig(Section):
     reduce: Literal["once", "every"] = Field(
         "once", description="reduce gradients once a step, or at every micro-batch (slower, less memory)"
     )
+    compile: bool = Field(
+        False, description="torch.compile of parts, in training; pays on a GPU, and wants a C++ compiler on a CPU"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="run parts of the forward again in the backward, for less memory: none | selective | full"
     )

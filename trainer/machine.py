@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | N
         return liger_cross_entropy(), None
     except ImportError as error:
         return None, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
+
+
+def check_compiler() -> None:
+    """Raises ConfigError where torch.compile would find no C++ compiler, which it wants on a GPU too."""
+    name = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")
+    if shutil.which(name) is None:
+        raise ConfigError(
+            f"train.compile=true: wants a C++ compiler, and there is no {name}; install it, or name another by CXX="
+        )
 
 
 def set_threads(wish: int | str, world: World) -> int:

@@ -128,7 +128,7 @@ def build(config: Config, world: World, device: torch.device, vocab_size: int) -
     layout = mesh.make_mesh(degrees(config, world), device)
     model = fsdp.build(
         config.model, vocab_size, config.train.seed, device, dtype, layout, config.parallel.overlap,
-        config.train.recompute,
+        config.train.recompute, config.train.compile,
     )  # fmt: skip
     return model, dtype
 

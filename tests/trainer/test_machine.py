@@ -32,8 +32,15 @@ def test_cuda_without_a_device_is_refused():
     assert machine.choose_device("auto", World()).type == "cpu"
 
 
+def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="^train.compile=true: wants a C.. compiler, and there is no no-such"):
+        cases.run(corpus_dir, tmp_path, "run.name=c", "train.compile=true")
+
+
 EVERYTHING = ["data.mask_documents=true", "model.attention_chunk=20", "model.attention_dropout=0.1"]
-EVERYTHING += ["model.dropout=0.1", "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01", "train.recompute=full"]
+EVERYTHING += ["model.dropout=0.1", "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01"]
+EVERYTHING += ["train.recompute=full"]
 
 
 def test_deterministic_has_a_kernel_for_everything(pool, corpus_dir, tmp_path):

@@ -1,11 +1,15 @@
 """Attention of Llama 4: chunked with RoPE on most layers, whole and without positions (NoPE) on every n-th.
 
-| mask                         | how                                                                   |
-|------------------------------|-----------------------------------------------------------------------|
-| causal                       | fused attention, `is_causal`                                          |
-| causal within chunks         | the same, with chunks folded into the batch                           |
-| documents (packed stories)   | fused attention with a boolean mask (B, 1, S, S), made once a forward |
-| cached (generation)          | the last query sees all it may without a mask; several get one        |
+| a token sees                     | device, dropout        | how (`segments.py`)                                   |
+|----------------------------------|------------------------|-------------------------------------------------------|
+| the row before it                | any                    | fused attention, `is_causal`                          |
+| its chunk, where chunks divide S | any                    | the same, with chunks as rows of the batch: a view    |
+| its chunk, its document or both  | any but the next       | the same, by groups of segments of like length        |
+| its document, or both            | CUDA from sm80, none   | compiled FlexAttention with a mask of blocks          |
+| what is cached (generation)      | any                    | one query without a mask; several get one             |
+
+Nothing of S x S is held, neither mask nor scores. With dropout torch has no fused attention on a CPU: there the scores
+of one group of segments are held at a time.
 
 Order on a RoPE layer: project, RoPE on interleaved pairs, L2 norm of queries and keys. On a NoPE layer queries are
 scaled by log(1 + floor((position + 1) / floor)) * scale + 1 ("temperature tuning", Llama 4's long contexts).
@@ -18,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, RopeScaling
+from model.segments import Groups, Past, segmented
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
@@ -27,43 +32,57 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, d
         return frequency
     wavelength = 2 * torch.pi / frequency
     turns = scaling.original_max_position_embeddings / wavelength
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns > low).float()
     return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x (B, S, H, head_dim) with pair (2i, 2i+1), as a complex number, times turn (B or 1, S, 1, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    """x (B, S, H, head_dim), turn (B or 1, S, 1, head_dim / 2, 2): each pair (2i, 2i+1) by its cosine and sine."""
+    pairs = x.to(turn.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which knows no complex numbers
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    return turned.flatten(-2).to(x.dtype)
 
 
 @dataclass
 class Places:
-    """Where the tokens of a forward stand; the same for all layers."""
+    """Where the tokens of a forward stand, and what they see; the same for all layers of a kind."""
 
     positions: Tensor  # (B or 1, S)
-    turn: Tensor  # (B or 1, S, 1, head_dim / 2), complex: RoPE's rotation at each position
-    full_mask: Tensor | None = None  # (B, 1, S, S), with documents only
-    chunk_mask: Tensor | None = None
+    turn: Tensor  # (B or 1, S, 1, head_dim / 2, 2): cosine and sine of RoPE's angle at each position
+    whole: Past | None = None  # on NoPE layers; None: the whole row before a token
+    chunked: Past | None = None  # on RoPE layers
 
     @classmethod
-    def of(cls, config: ModelConfig, positions: Tensor, documents: Tensor | None, dtype: torch.dtype) -> "Places":
-        """positions (B or 1, S), documents (B, S) or None -> the tables that attention needs."""
-        wide = torch.promote_types(dtype, torch.float32)
-        frequency = rope_frequencies(config.head, config.rope_theta, config.rope_scaling, positions.device)
+    def of(
+        cls, config: ModelConfig, x: Tensor, positions: Tensor, documents: Tensor | None = None, dropout: bool = False
+    ) -> "Places":
+        """x (B, S, D), positions (B or 1, S), documents (B, S) that change where a story begins -> the tables.
+
+        dropout: whether attention weights will be dropped.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        frequency = rope_frequencies(config.head, config.rope_theta, config.rope_scaling, x.device)
         angle = positions[..., None, None].to(wide) * frequency.to(wide)
-        places = cls(positions, torch.polar(torch.ones_like(angle), angle))
+        places = cls(positions, torch.stack([angle.cos(), angle.sin()], dim=-1))
+        chunk, (batch, length) = config.attention_chunk, x.shape[:2]
         if documents is not None:
-            length = positions.shape[1]
-            causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
-            same = documents[:, :, None] == documents[:, None, :]
-            places.full_mask = (same & causal)[:, None]
-            places.chunk_mask = places.full_mask
-            if config.attention_chunk is not None:
-                chunk = positions // config.attention_chunk
-                places.chunk_mask = places.full_mask & (chunk[:, :, None] == chunk[:, None, :])[:, None]
+            starts = _changes(documents)
+            places.whole = places.chunked = segmented(starts, x, dropout)
+            if chunk is not None:
+                places.chunked = segmented(starts | _changes(positions // chunk), x, dropout)
+        elif chunk is not None and chunk < length:
+            places.chunked = Groups((torch.arange(length) % chunk == 0).expand(batch, -1), x.device)
         return places
+
+
+def _changes(x: Tensor) -> Tensor:
+    """x (B, S) -> whether each number differs from the one before it; the first of a row does."""
+    return F.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
 
 
 class KVCache:
@@ -96,37 +115,34 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, places: Places, cache: KVCache | None = None) -> Tensor:
         """x (B, S, D) -> (B, S, D)."""
+        return self.attend(*self.project(x, places.positions, places.turn), places, cache)
+
+    def project(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, D) -> q (B, S, H, head_dim), k, v (B, S, KV, head_dim)."""
         qkv = F.linear(x, self.wqkv.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.rope:
-            qk = rotate(qkv[:, :, : self.heads + self.kv_heads], places.turn)
+            qk = rotate(qkv[:, :, : self.heads + self.kv_heads], turn)
             if self.config.qk_norm:
                 qk = F.rms_norm(qk.to(wide), (self.head_dim,), eps=self.config.norm_eps).to(x.dtype)
             q, k = qk.split((self.heads, self.kv_heads), dim=2)
         elif self.config.temperature_tuning:
-            steps = torch.floor((places.positions.to(wide) + 1) / self.config.temperature_floor)
+            steps = torch.floor((positions.to(wide) + 1) / self.config.temperature_floor)
             scale = torch.log1p(steps) * self.config.temperature_scale + 1
             q = (q * scale[..., None, None]).to(x.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, head_dim)
-        out = self._attend(q, k, v, places) if cache is None else self._cached(q, k, v, cache)
-        return F.linear(out.transpose(1, 2).flatten(-2), self.wo.to(x.dtype))
+        return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-        mask = places.chunk_mask if self.rope else places.full_mask
-        if mask is not None:
-            return self._fused(q, k, v, mask=mask)
-        length, chunk = q.shape[2], self.chunk
-        if chunk is None or length <= chunk:
-            return self._fused(q, k, v, causal=True)
-        # chunks become rows of the batch; the filler at the end is behind every real query
-        filler = -length % chunk
-        q, k, v = (
-            F.pad(t, (0, 0, 0, filler)).unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)
-        )
-        out = self._fused(q, k, v, causal=True)
-        out = out.unflatten(0, (-1, (length + filler) // chunk)).transpose(1, 2).flatten(2, 3)
-        return out[:, :, :length]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: KVCache | None = None) -> Tensor:
+        """What `project` gave -> (B, S, D)."""
+        past = places.chunked if self.rope else places.whole
+        if cache is None and past is not None:
+            out = past.attend(q, k, v, self._fused)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, head_dim)
+            out = self._fused(q, k, v, causal=True) if cache is None else self._cached(q, k, v, cache)
+            out = out.transpose(1, 2)
+        return F.linear(out.flatten(-2), self.wo.to(out.dtype))
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         before, length = cache.length, q.shape[2]

@@ -15,8 +15,8 @@ class RopeScaling(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        if self.high_freq_factor < self.low_freq_factor:
+            raise ValueError("high_freq_factor must not be below low_freq_factor")
         return self
 
 

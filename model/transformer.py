@@ -76,7 +76,10 @@ class Block(nn.Module):
         return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads, statistics
 
     def attend(self, x: Tensor, places: Places, cache: KVCache | None) -> Tensor:
-        return self.attention(self.attention_norm(x), places, cache)
+        return self.attention.attend(*self.qkv(x, places.positions, places.turn), places, cache)
+
+    def qkv(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x), positions, turn)
 
 
 class Head(nn.Module):
@@ -132,7 +135,8 @@ class Transformer(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         real = torch.ones_like(tokens, dtype=torch.bool) if targets is None else targets != IGNORE
         x = self.embedding(tokens).to(self.compute_dtype)
-        places = Places.of(self.config, positions, documents, x.dtype)
+        dropped = self.training and self.config.attention_dropout > 0
+        places = Places.of(self.config, x, positions, documents, dropped)
         x = dropout(x, self.config.dropout, keys, EMBEDDING)
         loads: list[Tensor] = []
         statistics: list[Tensor] = []

@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.moe import Experts, MoE
 from model.random import Window
 from model.transformer import Transformer
+from parallel.compile import compile_parts
 from parallel.experts import Owners, distribute, logical
 from parallel.mesh import Mesh
 from parallel.recompute import recompute
@@ -37,14 +38,18 @@ def build(
     mesh: Mesh | None,
     overlap: bool = True,
     again: str = "none",
+    compiled: bool = False,
 ) -> Transformer:
     """The model with its initial weights (fp32), computing in `dtype`, spread over `mesh` if there is one.
 
-    overlap lets the exchange of rows run beside the shared expert; `again` is train.recompute.
+    overlap lets the exchange of rows run beside the shared expert; `again` is train.recompute, `compiled`
+    train.compile.
     """
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
     model.compute_dtype = dtype
+    if compiled:
+        compile_parts(model)
     recompute(model, again)
     if mesh is not None:
         if mesh.sparse is not None:

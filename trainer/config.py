@@ -28,8 +28,14 @@ class TrainConfig(Section):
     max_lr: float = Field(6e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the decay")
     warmup_steps: Count = Field(1000, description="steps of linear warm-up")
-    decay_steps: Positive | None = Field(None, description="step at which min_lr is reached; null: the last")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up: cosine | constant")
+    decay_steps: Positive | None = Field(
+        None,
+        description="cosine: the step at which min_lr is reached, null: the last; wsd: how many steps the decay at the "
+        "end takes, null: a tenth of all",
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up: cosine | wsd (max_lr until the decay at the end) | constant"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on matrices other than the embedding")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean square")
@@ -44,6 +50,9 @@ class TrainConfig(Section):
     reduce: Literal["once", "every"] = Field(
         "once", description="reduce gradients once a step, or at every micro-batch (slower, less memory)"
     )
+    compile: bool = Field(
+        False, description="torch.compile of parts, in training; pays on a GPU, and wants a C++ compiler on a CPU"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="run parts of the forward again in the backward, for less memory: none | selective | full"
     )
@@ -56,6 +65,11 @@ class TrainConfig(Section):
             raise ValueError(f"steps={self.steps}, epochs={self.epochs}: give exactly one of train.steps, train.epochs")
         if self.min_lr > self.max_lr:
             raise ValueError(f"min_lr={self.min_lr}: above max_lr={self.max_lr}")
+        if self.schedule == "wsd" and self.steps and self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            raise ValueError(
+                f"decay_steps={self.decay_steps}: does not fit into steps={self.steps} after "
+                f"warmup_steps={self.warmup_steps}"
+            )
         return self
 
 
@@ -103,6 +117,9 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto | cpu | cuda")
     threads: Positive | Literal["auto"] = Field("auto", description="CPU threads a rank; auto: cores / local ranks")
     timeout: Positive = Field(600, description="seconds after which a silent rank ends the run")
+    deterministic: bool = Field(
+        False, description="the same bits on every start of the same run, on CUDA too (slower); a CPU's are anyway"
+    )
 
     @property
     def folder(self) -> Path:

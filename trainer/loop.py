@@ -31,6 +31,10 @@ def train(config: Config) -> int:
     """Start or go on with the run of `config` in this process. Returns the exit code. Raises UserError."""
     world = World.from_environment()
     machine.keep_freed_memory()
+    if config.run.deterministic:
+        machine.be_deterministic()
+    if config.train.compile:
+        machine.check_compiler()
     device = machine.choose_device(config.run.device, world)
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)

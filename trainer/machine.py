@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -76,6 +77,15 @@ def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | N
         return None, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
 
 
+def check_compiler() -> None:
+    """Raises ConfigError where torch.compile would find no C++ compiler, which it wants on a GPU too."""
+    name = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")
+    if shutil.which(name) is None:
+        raise ConfigError(
+            f"train.compile=true: wants a C++ compiler, and there is no {name}; install it, or name another by CXX="
+        )
+
+
 def set_threads(wish: int | str, world: World) -> int:
     """Threads of this rank: the wish, else the user's OMP_NUM_THREADS, else cores / local ranks. Returns them.
 
@@ -95,6 +105,14 @@ def _parents_environment() -> dict[str, str]:
     except OSError:
         return {}
     return dict(item.partition("=")[::2] for item in raw.split("\0") if "=" in item)
+
+
+def be_deterministic() -> None:
+    """Only kernels whose results do not depend on chance, an error where there is none. Call it before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may add in another order each time
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is never read
+    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:

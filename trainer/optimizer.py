@@ -11,14 +11,23 @@ from trainer.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of `step` (from 0) of a run of `steps`: linear warm-up, then cosine to min_lr, or constant."""
+    """The rate of `step` (from 0) of a run of `steps`: linear warm-up, and then by the schedule.
+
+    cosine falls to min_lr at step decay_steps. wsd (warm-up, stable, decay; arXiv:2404.06395) stays at max_lr and falls
+    to min_lr in the last decay_steps of the run, by 1 - sqrt (arXiv:2405.18392): until then a longer run has the same
+    rates.
+    """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.max_lr
-    length = (config.decay_steps or steps) - config.warmup_steps
-    progress = min(1.0, (step + 1 - config.warmup_steps) / max(1, length))
-    return config.min_lr + (config.max_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "wsd":
+        length = min(config.decay_steps or -(-steps // 10), steps - config.warmup_steps)
+        share = 1 - math.sqrt(min(1.0, max(0, step + 1 - (steps - length)) / max(1, length)))
+    else:
+        length = (config.decay_steps or steps) - config.warmup_steps
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, (step + 1 - config.warmup_steps) / max(1, length))))
+    return config.min_lr + (config.max_lr - config.min_lr) * share
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

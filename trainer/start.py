@@ -20,7 +20,7 @@ from trainer import checkpoint, machine
 from trainer.config import Config
 from trainer.faults import StopFlag
 from trainer.metrics import Reporter
-from trainer.optimizer import LossScale
+from trainer.optimizer import LossScale, learning_rate
 
 
 @dataclass
@@ -103,7 +103,8 @@ def find_checkpoint(config: Config, corpus: Corpus, steps: int) -> tuple[Path | 
     if manifest["corpus"] != corpus.hash:
         raise UserError(f"{folder}: made with another corpus than {config.data.dir}; choose another run.name=")
     notes = [f"changed since step {manifest['step']}: {difference}" for difference in differences]
-    if manifest["steps"] != steps and config.train.schedule != "constant" and config.train.decay_steps is None:
+    rates = [learning_rate(config.train, manifest["step"], total) for total in (manifest["steps"], steps)]
+    if rates[0] != rates[1]:
         notes.append(f"the learning rate now decays over {steps} steps instead of {manifest['steps']}: it jumps here")
     return found[-1], notes
 
@@ -127,7 +128,7 @@ def build(config: Config, world: World, device: torch.device, vocab_size: int) -
     layout = mesh.make_mesh(degrees(config, world), device)
     model = fsdp.build(
         config.model, vocab_size, config.train.seed, device, dtype, layout, config.parallel.overlap,
-        config.train.recompute,
+        config.train.recompute, config.train.compile,
     )  # fmt: skip
     return model, dtype
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model.attention import Attention, Places
 from model.config import ModelConfig
@@ -50,22 +51,40 @@ def loss_peak(way: str) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
+class Masked:
+    """What the tokens see as a boolean mask (B, 1, S, S), the usual way."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """numbers (B, S) of the segments."""
+        length = numbers.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        self.mask = ((numbers[:, :, None] == numbers[:, None, :]) & causal)[:, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: Callable[..., Tensor]) -> Tensor:
+        return fused(*(t.transpose(1, 2) for t in (q, k, v)), mask=self.mask).transpose(1, 2)
+
+
 def attention(repeats: int) -> list[Figure]:
-    """A layer that looks within chunks: chunks as rows of the batch, against one masked product."""
-    config = ModelConfig(dim=256, n_heads=8, attention_chunk=256, max_seq_len=2048)
-    layer, length = Attention(config, 0), 2048
-    for weight in layer.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
-    x, positions = torch.randn(2, length, config.dim, requires_grad=True), torch.arange(length)[None]
-    folded = Places.of(config, positions, None, torch.float32)
-    masked = Places.of(config, positions, torch.zeros(2, length, dtype=torch.int64), torch.float32)
+    """A layer that looks within chunks, and one that looks within stories, against one masked product."""
+    length, rows, figures = 2048, 4, []
+    x, positions = torch.randn(rows, length, 256, requires_grad=True), torch.arange(length)[None]
+    starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)) < 1 / 200
+    stories = starts.cumsum(1)  # of 200 tokens in the mean
+    for what, chunk, documents in (("chunks of 256", 256, None), ("stories of about 200 tokens", None, stories)):
+        layer = Attention(ModelConfig(dim=256, n_heads=8, attention_chunk=chunk, max_seq_len=length), 0)
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
 
-    def step(places: Places) -> None:
-        layer(x, places).sum().backward()
+        def step(mask: bool, layer: Attention = layer, documents: Tensor | None = documents) -> None:
+            places = Places.of(layer.config, x, positions, documents)  # once a forward
+            if mask:
+                places.chunked = Masked((positions // 256).expand(rows, -1) if documents is None else documents)
+            layer(x, places).sum().backward()
 
-    times = in_turns({"folded": partial(step, folded), "masked": partial(step, masked)}, repeats)
-    what = f"attention in chunks of 256, 2 x {length:,} tokens, dim 256, forward and backward"
-    return [figure(what, times["folded"], times["masked"], "speed over a mask", "", True)]
+        times = in_turns({"ours": partial(step, False), "masked": partial(step, True)}, repeats)
+        name = f"attention in {what}, {rows} x {length:,} tokens, dim 256, forward and backward"
+        figures.append(figure(name, times["ours"], times["masked"], "speed over a boolean mask", "", True))
+    return figures
 
 
 def loader(repeats: int) -> list[Figure]:

@@ -65,30 +65,6 @@ def test_rope_layers_see_their_chunk_and_nope_layers_everything():
     assert not torch.equal(whole(tokens).logits[:, 8:], whole(changed).logits[:, 8:])
 
 
-@pytest.mark.parametrize("length", [7, 8, 9, 16, 17, 30])
-def test_chunks_equal_a_mask(length):
-    """Folded chunks against the same attention with a mask, at lengths around the border."""
-    model, tokens = make(), random_tokens(length=length)
-    one_document = torch.zeros_like(tokens)
-    positions = torch.arange(length)[None].expand(2, -1)
-    torch.testing.assert_close(model(tokens).logits, model(tokens, None, positions, one_document).logits)
-
-
-def test_documents_equal_each_story_alone():
-    model = make()
-    a, b = random_tokens(1, 19, seed=1), random_tokens(1, 12, seed=2)
-    packed = torch.cat([a, b], dim=1)
-    positions = torch.cat([torch.arange(19), torch.arange(12)])[None]
-    documents = torch.tensor([[0] * 19 + [1] * 12])
-    logits = model(packed, None, positions, documents).logits
-    torch.testing.assert_close(logits[:, :19], model(a).logits)
-    torch.testing.assert_close(logits[:, 19:], model(b).logits)
-    dense = make(moe_every=0)
-    changed = torch.cat([random_tokens(1, 19, seed=3), b], dim=1)
-    one, other = (dense(x, None, positions, documents).logits for x in (packed, changed))
-    assert torch.equal(one[:, 19:], other[:, 19:]) and not torch.equal(one[:, :19], other[:, :19])
-
-
 @pytest.mark.parametrize("first", [1, 7, 8, 9, 17])
 def test_cached_equals_uncached(first):
     model, tokens = make().eval(), random_tokens()
@@ -104,7 +80,7 @@ def test_rope_turns_interleaved_pairs():
     torch.testing.assert_close(frequency, torch.tensor([1.0, 0.01]))
     x = torch.randn(1, 6, 1, 4, dtype=torch.float64)
     angle = torch.arange(6)[None, :, None, None] * frequency.double()
-    turned = rotate(x, torch.polar(torch.ones_like(angle), angle))
+    turned = rotate(x, torch.stack([angle.cos(), angle.sin()], -1))
     even, odd = x[..., 0::2], x[..., 1::2]
     torch.testing.assert_close(turned[..., 0::2], even * angle.cos() - odd * angle.sin())
     torch.testing.assert_close(turned[..., 1::2], even * angle.sin() + odd * angle.cos())
@@ -119,6 +95,17 @@ def test_rope_scaling_stretches_long_wavelengths_only():
     torch.testing.assert_close(scaled[wavelength > 64], plain[wavelength > 64] / 8)
     between = (wavelength > 16) & (wavelength < 64)
     assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
+
+
+def test_rope_scaling_with_equal_factors_is_a_step():
+    """As the published Scout has it: what turns at most once over the length trained on before is stretched."""
+    scaling = RopeScaling(factor=16, low_freq_factor=1, high_freq_factor=1, original_max_position_embeddings=64)
+    plain = rope_frequencies(64, 10_000.0, None, torch.device("cpu"))
+    scaled = rope_frequencies(64, 10_000.0, scaling, torch.device("cpu"))
+    torch.testing.assert_close(scaled, torch.where(2 * torch.pi / plain < 64, plain, plain / 16))
+    assert 0 < (scaled == plain).sum() < 32
+    with pytest.raises(ValidationError, match="high_freq_factor"):
+        RopeScaling(low_freq_factor=2, high_freq_factor=1)
 
 
 def test_tied_head_is_one_parameter_with_both_gradients():

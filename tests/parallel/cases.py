@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.moe import Experts, MoE
+from model.random import sequence_keys
 from parallel import fsdp, gradients, mesh
 from parallel.experts import Exchange, Owners, _Leg, distribute, logical
 from parallel.mesh import World, degrees, make_mesh
@@ -21,12 +22,12 @@ SMALL = dict(
 VOCAB = 40
 
 
-def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, recompute="none", **keys):
+def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, recompute="none", compile=False, **keys):
     """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
     world, config, cpu = World.from_environment(), ModelConfig(**{**SMALL, **keys}), torch.device("cpu")
     layout = make_mesh(degrees(world, config, replicate, "auto", expert), cpu)
     with mock.patch.object(fsdp, "SMALL", small):  # set back at once: these processes serve other tests too
-        return fsdp.build(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute), world
+        return fsdp.build(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute, compile), world
 
 
 def initial_digest(**keys) -> str:
@@ -266,6 +267,42 @@ def forced(to, **keys):
         output.loss.backward()
     finite = all(bool(fsdp.local(p.grad).isfinite().all()) for p in model.parameters())
     return output.loads.tolist(), finite
+
+
+def compiled(**keys):
+    """Three micro-batches of stories of other lengths, plainly and compiled.
+
+    Returns the losses of both, the largest relative distance of their gradients, how many parts were compiled by the
+    first micro-batch and by all (and a shorter one in evaluation), and why any of them broke in two.
+    """
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    results, graphs = [], []
+    for compile in (False, True):
+        model, world = build(compile=compile, **keys)
+        model.train()
+        losses = []
+        for number in range(3):
+            g = torch.Generator().manual_seed(10 * world.rank + number)
+            words = VOCAB if number < 2 else 2  # so few that experts are idle
+            tokens = torch.randint(0, words, (2, 16), generator=g)
+            documents = torch.sort(torch.randint(0, 4, (2, 16), generator=g)).values
+            positions = torch.arange(16)[None].expand(2, -1)
+            torch.manual_seed(number)
+            with mock.patch.object(torch._inductor.config, "compile_threads", 1):
+                loss = model(tokens, tokens, positions, documents, sequence_keys(0, number, torch.arange(2))).loss
+                loss.backward()
+            losses.append(loss.item())
+            graphs.append(counters["stats"]["unique_graphs"])
+        results.append((losses, [fsdp.local(p.grad) for p in model.parameters()]))
+    model.eval()
+    model(tokens[:, :7])
+    graphs.append(counters["stats"]["unique_graphs"])
+    (plain, want), (fast, got) = results
+    far = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True) if b.norm())
+    return plain, fast, far, (graphs[3], graphs[-1]), dict(counters["graph_break"])
 
 
 def whole_experts(**keys):

@@ -21,8 +21,8 @@ def build(mode, **keys):
 def kept(model, layer):
     """Numbers a token that one block holds between forward and backward, its result among them."""
     config = model.config
-    places = Places.of(config, torch.arange(LENGTH)[None], None, torch.float32)
     x, real = torch.randn(ROWS, LENGTH, config.dim, requires_grad=True), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    places = Places.of(config, x, torch.arange(LENGTH)[None])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         out = model.blocks[layer](x, places, real, None, None, None)
     assert out[0].requires_grad

@@ -1,5 +1,6 @@
 """Runs of seconds for the pool's processes, and for this one."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def run_words(corpus: str, runs: str, more: list[str]) -> int:
     return run(Path(corpus), Path(runs), *more)
 
 
+def deterministic_run(corpus: str, runs: str, more: list[str]) -> tuple[bool, str]:
+    """`run` with run.deterministic, whose switch is turned off again: whether it was on, and cuBLAS's setting."""
+    try:
+        assert run(Path(corpus), Path(runs), "run.deterministic=true", *more) == 0
+        return torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
 def losses(folder: Path) -> list[float]:
     """Training losses of a run by step, which must count up from 1."""
     lines = [x for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
@@ -79,7 +90,7 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
         d = degrees(c, world)
         model = fsdp.build(
             c.model, tokenizer.vocab_size, c.train.seed, cpu, compute, mesh.make_mesh(d, cpu), c.parallel.overlap,
-            c.train.recompute,
+            c.train.recompute, c.train.compile,
         )  # fmt: skip
         quiet = Reporter(Path("none"), c.log, "none", False)
         run = Run(

@@ -7,6 +7,7 @@ import torch
 
 from data.config import ConfigError
 from parallel.mesh import World
+from tests.trainer import cases
 from trainer import machine
 
 
@@ -29,6 +30,28 @@ def test_cuda_without_a_device_is_refused():
     with pytest.raises(ConfigError, match="run.device=cuda: 2 processes here, but 0 CUDA devices; use cpu"):
         machine.choose_device("cuda", World(0, 2, 0, 2))
     assert machine.choose_device("auto", World()).type == "cpu"
+
+
+def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="^train.compile=true: wants a C.. compiler, and there is no no-such"):
+        cases.run(corpus_dir, tmp_path, "run.name=c", "train.compile=true")
+
+
+EVERYTHING = ["data.mask_documents=true", "model.attention_chunk=20", "model.attention_dropout=0.1"]
+EVERYTHING += ["model.dropout=0.1", "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01"]
+EVERYTHING += ["train.recompute=full"]
+
+
+def test_deterministic_has_a_kernel_for_everything(pool, corpus_dir, tmp_path):
+    """No operation of a run with all options refuses, and two runs are the same to the last digit."""
+    losses = []
+    for name in "ab":
+        words = [f"run.name={name}", "train.steps=4", *EVERYTHING, "parallel.expert=2"]
+        keys = dict(corpus=str(corpus_dir), runs=str(tmp_path), more=words)
+        assert pool.run(2, "tests.trainer.cases:deterministic_run", **keys) == [(True, ":4096:8")] * 2
+        losses.append(cases.losses(tmp_path / name))
+    assert losses[0] == losses[1]
 
 
 SHOW_THREADS = "from trainer.machine import set_threads; from parallel.mesh import World; "

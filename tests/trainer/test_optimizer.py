@@ -27,6 +27,25 @@ def test_constant_and_decay_steps():
     assert learning_rate(CONFIG.model_copy(update={"warmup_steps": 0}), 0, 100) < 1.0
 
 
+def test_wsd_stays_at_the_peak_and_decays_at_the_end():
+    wsd = CONFIG.model_copy(update={"schedule": "wsd", "decay_steps": 40})
+    rates = [learning_rate(wsd, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and set(rates[10:60]) == {1.0}
+    assert rates[69] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(10 / 40))) and rates[99] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[59:], rates[60:], strict=False))
+    assert [learning_rate(wsd, step, 200) for step in range(60)] == rates[:60]  # so it can be gone on with
+    a_tenth = CONFIG.model_copy(update={"schedule": "wsd"})
+    assert [learning_rate(a_tenth, step, 100) == 1.0 for step in (89, 90)] == [True, False]
+    short = wsd.model_copy(update={"decay_steps": 1000})  # of epochs that turn out to be few
+    assert learning_rate(short, 9, 100) == 1.0 > learning_rate(short, 10, 100) > 0.1
+
+
+def test_a_decay_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="decay_steps=95: does not fit into steps=100 after warmup_steps=10"):
+        TrainConfig(steps=100, warmup_steps=10, schedule="wsd", decay_steps=95)
+    TrainConfig(steps=100, warmup_steps=10, schedule="cosine", decay_steps=95)
+
+
 def test_decay_reaches_matrices_other_than_the_embedding():
     model = Transformer(ModelConfig(dim=8, n_heads=2, n_layers=1, expert_dim=8, n_experts=3), 20)
     optimizer = make_optimizer(model, CONFIG)

@@ -1,0 +1,23 @@
+"""Parts of the model compiled: the same to rounding, once and for all steps."""
+
+import pytest
+
+OPTIONS = dict(dropout=0.1, attention_dropout=0.1, attention_chunk=5, nope_every=3, temperature_floor=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "world, keys",
+    [(1, {}), (1, {"recompute": "full"}), (2, {"expert": 2, "recompute": "full"}), (2, {"recompute": "selective"})],
+)
+def test_compiled_parts_agree_and_are_compiled_once(pool, world, keys):
+    """Rows of other documents at each step, an idle expert, recomputation: nothing is compiled again.
+
+    Five parts: queries, keys and values with RoPE and without, a dense feed-forward, a shared expert's two halves.
+    """
+    for plain, fast, far, graphs, broken in pool.run(world, CASE, timeout=400, **OPTIONS, **keys):
+        assert fast == pytest.approx(plain, rel=1e-6) and far < 1e-5
+        assert graphs == (5, 5) and not broken
+
+
+CASE = "tests.parallel.cases:compiled"

@@ -8,6 +8,7 @@ What cannot be is refused here in one line, before any process group is made.
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,13 +120,36 @@ def connect(world: World, device: torch.device, timeout: int) -> None:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
 
 
-def agree(value: int) -> int:
-    """Rank 0's value, on all ranks: for what each might judge differently."""
+def rank() -> int:
+    """Of this process among those that are connected."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def agree(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's value, on all ranks: for what each might judge differently, or rank 0 alone can know."""
     if not dist.is_initialized():
         return value
-    box = torch.tensor(value)
-    dist.broadcast(box, 0)
-    return int(box)
+    box = [value]
+    dist.broadcast_object_list(box, 0, group)
+    return box[0]
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks on rank 0; elsewhere an empty list."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if rank() == 0 else None
+    dist.gather_object(value, values, 0, group)
+    return values or []
+
+
+def scatter(values: list[Any], group: dist.ProcessGroup | None = None) -> Any:
+    """To each rank its own of rank 0's values."""
+    if not dist.is_initialized():
+        return values[0]
+    box = [None]
+    dist.scatter_object_list(box, values if rank() == 0 else None, 0, group)
+    return box[0]
 
 
 def disconnect() -> None:

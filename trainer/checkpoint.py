@@ -1,9 +1,9 @@
-"""Checkpoints: safetensors by torch.distributed.checkpoint, a JSON manifest, and an atomic rename.
+"""Checkpoints: a folder of safetensors, a JSON manifest, and an atomic rename.
 
 A checkpoint is the folder `checkpoints/step-00000400/`: tensors by name (weights, balance biases, `optim.exp_avg.NAME`
-and so on) in their logical shapes, so that any number of ranks can load them; `tokenizer.model`; `manifest.json`.
-It is written under another name, flushed, and renamed when all ranks are done: what bears the name is complete.
-No pickle is written or read.
+and so on) in their logical shapes, so that any number of ranks can load them; `tokenizer.model`; `manifest.json`. It is
+written under another name by all ranks, flushed and read back, and renamed by rank 0: what bears the name is complete.
+Every byte has a checksum, which is verified before it is used. No pickle is written or read.
 """
 
 import hashlib
@@ -11,26 +11,38 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from data.config import UserError
 from model.transformer import Transformer
+from parallel import mesh
 from parallel.experts import logical
+from trainer import blocks, storage
+from trainer.blocks import Damaged
 
-FORMAT = 1
-NAME = re.compile(r"step-(\d{8})")
+FORMAT = 2
+NAME, PARTIAL = re.compile(r"step-(\d{8})"), re.compile(r"\.(partial|old)-step-\d{8}(-[0-9a-f]+)?")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder, and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
 
 
 def tensors(model: Transformer, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -44,87 +56,157 @@ def tensors(model: Transformer, optimizer: torch.optim.Optimizer | None = None) 
     return named
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    manifest: Mapping[str, Any],
-    tokenizer: Path,
-    keep: int,
-) -> Path:
-    """Write `folder/step-NNNNNNNN` from all ranks, and drop all but the newest `keep`. Returns its path."""
-    final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
-    first = _rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    writer = HuggingFaceStorageWriter(path=str(partial), save_distributed=True)
-    with _alone_is_fine():
-        dcp.save(tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
-    if first:
-        shutil.copyfile(tokenizer, partial / TOKENIZER)
-        (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, **manifest}, indent=1))
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-        if final.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _flush(folder)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    _barrier()
-    return final
-
-
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in a `checkpoints` folder, oldest first."""
+    """The folders of complete checkpoints in a `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run folder. Raises UserError."""
-    if (path / MANIFEST).is_file() and NAME.fullmatch(path.name):
-        return path
-    found = complete(path / "checkpoints") or complete(path)
-    if not found:
-        what = "no complete checkpoint in it" if path.is_dir() else "no such folder"
-        raise UserError(f"--checkpoint {path}: {what}; give a run folder, such as runs/tiny, or a checkpoint folder")
-    return found[-1]
+def newest(folder: Path, below: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint in a folder (of a step `below` one) that looks whole, and why newer ones do not."""
+    why: list[str] = []
+    named = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
+    for path in sorted(named, reverse=True):
+        if below is None or int(path.name.removeprefix("step-")) < below:
+            try:
+                return open_checkpoint(path), why
+            except Damaged as error:
+                why.append(f"{path.name}: {error}")
+    return None, why
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What the checkpoint says of itself. Raises UserError when it is unreadable or of another format."""
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Manifest read, files there and of their sizes; their content is verified when it is read. Raises Damaged."""
+    manifest = read_manifest(path)
+    for name, record in manifest["files"].items():
+        blocks.check_file(path / name, record)
+    return Checkpoint(path, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises Damaged."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise Damaged("half a checkpoint, it has no manifest.json") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / MANIFEST}: cannot be read ({error}); remove this checkpoint") from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{checkpoint}: format {manifest.get('format')}, this version reads {FORMAT}")
+        raise Damaged(f"manifest.json cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        written = manifest.get("format") if isinstance(manifest, dict) else None
+        raise Damaged(f"format {written}, this version reads {FORMAT}")
+    if manifest.pop("checksum", None) != _checksum(manifest) or any(Path(n).name != n for n in manifest["files"]):
+        raise Damaged("manifest.json is not what was written")
     return manifest
 
 
-def load(checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill model (and optimizer) in place, from a checkpoint of any number of ranks. Raises UserError."""
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """`manifest.json` into a folder, a key a line, with a checksum of the rest at its end."""
+    sealed = {**manifest, "checksum": _checksum(manifest)}
+    text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items())
+    blocks.write_small(path / MANIFEST, f"{{\n{text}\n}}\n".encode())
+
+
+def _checksum(manifest: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def find(path: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint that a path means, itself or the newest of a run's folder, and why newer ones were passed over.
+
+    Raises UserError.
+    """
+    if (path / MANIFEST).is_file():
+        try:
+            return open_checkpoint(path), []
+        except Damaged as error:
+            raise UserError(f"--checkpoint {path}: {error}") from None
+    found, why = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if found is None:
+        what = "no complete checkpoint in it" if path.is_dir() else "no such folder"
+        what += f" ({'; '.join(why)})" if why else ""
+        raise UserError(f"--checkpoint {path}: {what}; give a run folder, such as runs/tiny, or a checkpoint folder")
+    return found, why
+
+
+def load(
+    checkpoint: Checkpoint, model: Transformer, optimizer: torch.optim.Optimizer | None = None, others: bool = True
+) -> tuple[Checkpoint, list[str]]:
+    """Fill model (and optimizer) in place from a checkpoint, or if it is damaged from `others` before it.
+
+    On all ranks together. Returns the one that was verified, and why later ones were not, a line each. Raises
+    UserError when there is none, or it is another model's.
+    """
     targets = tensors(model, optimizer)
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-        for name, tensor in targets.items():
-            there = getattr(stored.get(name), "size", None)
-            if there is None or tuple(there) != tuple(tensor.shape):
-                shape = None if there is None else tuple(there)
-                raise UserError(f"{checkpoint}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
-        with _alone_is_fine():
-            dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
-    except UserError:
-        raise
-    except Exception as error:  # safetensors and dcp raise many kinds for a damaged file
-        why = str(error).splitlines()[0]
-        raise UserError(f"{checkpoint}: cannot be read ({why}); remove it to use the one before") from error
+    skipped: list[str] = []
+    at: Checkpoint | None = checkpoint
+    while at is not None:
+        why = None
+        try:
+            _fits(at, targets)
+            blocks.read_small(at.path / TOKENIZER, at.manifest["files"][TOKENIZER])
+            storage.read(at.path, at.manifest["files"], at.manifest["tensors"], targets)
+        except UserError:
+            raise
+        except Exception as error:  # the other ranks must hear of it
+            why = str(error) or type(error).__name__
+        why = mesh.agree(next((w for w in mesh.gather(why) if w), None))
+        if why is None:
+            return at, skipped
+        skipped.append(f"{at.path.name}: {why}")
+        at, more = mesh.agree(newest(at.path.parent, at.step) if others and mesh.rank() == 0 else (None, []))
+        skipped += more
+    raise UserError(none_usable(checkpoint.path.parent, skipped))
+
+
+def none_usable(folder: Path, why: Sequence[str]) -> str:
+    return (
+        f"{folder}: no checkpoint there can be used ({'; '.join(why)}); move that folder away to start afresh, "
+        "or choose another run.name="
+    )
+
+
+def _fits(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
+    stored = checkpoint.manifest["tensors"]
+    for name, tensor in targets.items():
+        shape = tuple(stored[name]["shape"]) if name in stored else None
+        if shape != tuple(tensor.shape):
+            raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name."""
+    blocks.flush(partial)
+    if final.exists():  # the same step again, after a resume from an older one
+        _drop(final)
+    os.rename(partial, final)
+    blocks.flush(final.parent)
+
+
+def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
+    """Drop all but the newest `keep` up to `step`, and those at multiples of keep_every.
+
+    What is ahead of `step` stays, and does not count: the run went back behind it.
+    """
+    steps = [int(path.name.removeprefix("step-")) for path in complete(folder)]
+    for old in [s for s in steps if s <= step][:-keep]:
+        if not keep_every or old % keep_every:
+            _drop(folder / f"step-{old:08d}")
+
+
+def _drop(path: Path) -> None:
+    """Take a checkpoint away: not complete any more from the first moment on."""
+    aside = path.with_name(f".old-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves have left."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(model: Transformer) -> str:
@@ -134,28 +216,3 @@ def digest(model: Transformer) -> str:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         total.update(name.encode() + whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """dcp warns whenever there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -87,6 +87,9 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     every: Count = Field(1000, description="steps between checkpoints; 0: only at the end and when stopped")
     keep: Positive = Field(3, description="newest checkpoints kept")
+    keep_every: Count = Field(0, description="those at multiples of so many steps stay for good; 0: none")
+    async_save: bool = Field(False, description="write beside the training, from a copy of each rank's part in memory")
+    allow_other_corpus: bool = Field(False, description="go on with another corpus, of the same tokenizer")
 
 
 class EvalConfig(Section):

@@ -117,14 +117,16 @@ def load_model(path: Path, device: "torch.device | None" = None) -> tuple["Trans
     from trainer import checkpoint as checkpoints
     from trainer.config import SECTION_TYPES, Config
 
-    checkpoint = checkpoints.find(path)
-    manifest = checkpoints.read_manifest(checkpoint)
+    found, passed_over = checkpoints.find(path)
+    manifest = found.manifest
     config = Config(**{name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()})
-    tokenizer = Tokenizer(checkpoint / checkpoints.TOKENIZER)
     device = device or torch.device("cpu")
     model = fsdp.build(config.model, manifest["vocab_size"], config.train.seed, device, torch.float32, None)
-    checkpoints.load(checkpoint, model)
-    print(f"{checkpoint}: step {manifest['step']}", file=sys.stderr)
+    found, more = checkpoints.load(found, model, others=found.path != path)
+    for why in [*passed_over, *more]:
+        print(f"passed over {why}", file=sys.stderr)
+    tokenizer = Tokenizer(found.path / checkpoints.TOKENIZER)
+    print(f"{found.path}: step {found.step}", file=sys.stderr)
     return model, tokenizer, config
 
 

@@ -8,7 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -21,9 +23,11 @@ from trainer.config import Config
 from trainer.evaluate import describe, evaluate
 from trainer.faults import StopFlag
 from trainer.generate import Sampling, text_of
+from trainer.lock import Lock
 from trainer.metrics import Reporter
 from trainer.optimizer import LossScale, make_optimizer
-from trainer.start import Run, begin, build, degrees, find_checkpoint, open_corpus
+from trainer.saver import Saver
+from trainer.start import Run, begin, build, degrees, find_checkpoint, open_corpus, take_folder
 from trainer.step import train_step
 
 
@@ -38,33 +42,39 @@ def train(config: Config) -> int:
     device = machine.choose_device(config.run.device, world)
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
-    newest, notes = find_checkpoint(config, corpus, steps)
-    if newest is not None and (done := checkpoint.read_manifest(newest)["step"]) >= steps:
-        if world.rank == 0:
-            print(f"{config.run.folder}: finished at step {done}; set run.name= for another run, train.steps= to go on")
-        return 0
     mesh.connect(world, device, config.run.timeout)
-    report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(mesh.disconnect)
+        lock = take_folder(config, world)
+        if lock is not None:
+            at_end.callback(lock.release)
+        found, passed_over = find_checkpoint(config, corpus, tokenizer)
+        if found is not None and found.step >= steps:
+            if world.rank == 0:
+                hint = "set run.name= for another run, train.steps= to go on"
+                print(f"{config.run.folder}: finished at step {found.step}; {hint}")
+            return 0
+        report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
+        at_end.callback(report.close)
         model, dtype = build(config, world, device, tokenizer.vocab_size)
         optimizer, scale = make_optimizer(model, config.train), LossScale.of(dtype)
-        with StopFlag() as stop:
-            run = Run(
-                config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer,
-                degrees(config, world), scale, report, stop,
-            )  # fmt: skip
-            begin(run, newest, notes, threads)
-            loop(run)
-    finally:
-        report.close()
-        mesh.disconnect()
-    return 0
+        stop = at_end.enter_context(StopFlag())
+        run = Run(
+            config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer,
+            degrees(config, world), scale, report, stop,
+        )  # fmt: skip
+        begin(run, found, passed_over, threads)
+        saver = make_saver(run, lock)
+        at_end.callback(saver.close)
+        loop(run)
+        return 1 if saver.failed else 0
 
 
 def loop(run: Run) -> None:
     """Train until the last step, stop_at, or a signal."""
     config, last = run.config, min(run.steps, run.config.train.stop_at or run.steps)
-    saved = run.step
+    assert run.saver is not None
+    run.saver.newest = run.step
     steps = timed(run.loader.steps(run.step, last))
     run.model.train()
     started = time.perf_counter()
@@ -79,6 +89,8 @@ def loop(run: Run) -> None:
                 "step_seconds": seconds, "data_seconds": waited,
             },
         )  # fmt: skip
+        if result.written:
+            run.saver.finish()
         if run.skipped >= config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={config.train.max_skipped}: so many steps in a row had no finite gradient; "
@@ -88,16 +100,17 @@ def loop(run: Run) -> None:
             run_evaluation(run, config.eval.batches)
         if due(config.sample.every, run.step) and run.step < last:
             run_samples(run)
-        if due(config.checkpoint.every, run.step) or result.stop or run.step == last:
-            save(run)
-            saved = run.step
+        ends = result.stop or run.step == last
+        if due(config.checkpoint.every, run.step) or ends:
+            run.saver.save(run.step, state_of(run), wait=ends)
         if result.stop:
             break
         started = time.perf_counter()
     if run.step < run.steps:
         run.report.event(run.step, "stopped")
         run.report.close()
-        run.report.say(f"stopped at step {run.step} of {run.steps}, saved at {saved}; to resume: {command()}")
+        saved = f"saved at {run.saver.newest}" if run.saver.newest else "nothing saved"
+        run.report.say(f"stopped at step {run.step} of {run.steps}, {saved}; to resume: {command()}")
     else:
         finish(run)
 
@@ -136,11 +149,30 @@ def run_samples(run: Run) -> list[str]:
     return stories
 
 
-def save(run: Run) -> None:
-    manifest = {
+def make_saver(run: Run, lock: Lock | None) -> Saver:
+    """What saves the run; what becomes of each save goes to the report."""
+
+    def tell(step: int, seconds: float, why: str | None) -> None:
+        if why is None:
+            run.report.event(run.step, "saved", at=step, seconds=seconds)
+            return
+        run.report.event(run.step, "save failed", at=step, why=why)
+        run.report.say(f"checkpoint of step {step}: {why}; dropped on all ranks, the one before stays")
+
+    run.saver = Saver(
+        run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
+        run.config.checkpoint, lock, tell,
+    )  # fmt: skip
+    return run.saver
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run, besides the tensors: all that a resume needs, or compares."""
+    return {
         "config": {name: section.model_dump() for name, section in run.config.sections().items()},
         "steps": run.steps,
         "tokens": run.tokens,
+        "skipped": run.skipped,
         "loss_scale": asdict(run.scale),
         "vocab_size": run.tokenizer.vocab_size,
         "tokenizer": run.tokenizer.hash,
@@ -151,10 +183,6 @@ def save(run: Run) -> None:
         "threads": torch.get_num_threads(),
         "device": run.device.type,
     }
-    checkpoint.save(
-        run.folder / "checkpoints", run.step, run.model, run.optimizer, manifest, run.corpus.folder / "tokenizer.model",
-        run.config.checkpoint.keep,
-    )  # fmt: skip
 
 
 def finish(run: Run) -> None:

@@ -3,8 +3,9 @@
 What cannot be is found here, most of it before any process group is made.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from model.transformer import Transformer
 from parallel import fsdp, mesh
 from parallel.mesh import Degrees, World
 from trainer import checkpoint, machine
+from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.faults import StopFlag
+from trainer.lock import Lock, sees
 from trainer.metrics import Reporter
 from trainer.optimizer import LossScale, learning_rate
+from trainer.saver import Saver
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Run:
     step: int = 0  # finished steps
     tokens: int = 0  # targets that entered the loss so far
     skipped: int = 0  # steps in a row without a finite gradient
+    saver: Saver | None = None
 
     @property
     def folder(self) -> Path:
@@ -86,27 +91,69 @@ def steps_of(config: Config, rows: int) -> int:
     return max(1, int(config.train.epochs * rows / config.train.global_batch_size))
 
 
-def find_checkpoint(config: Config, corpus: Corpus, steps: int) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None where the run is fresh; and what changed since, a line each.
+def take_folder(config: Config, world: World) -> Lock | None:
+    """The run's folder for this run alone; the lock is rank 0's. Raises UserError, on all ranks together."""
+    folder, lock, why = config.run.folder, None, None
+    if world.rank == 0:
+        try:
+            lock = Lock(folder)
+            checkpoint.sweep(folder / "checkpoints")
+        except UserError as error:
+            why = str(error)
+    lock_id, why = mesh.agree((lock and lock.id, why))
+    if why is None:
+        blind = mesh.agree([where for where in mesh.gather("" if sees(folder, lock_id) else gethostname()) if where])
+        if blind:
+            why = f"{folder}: {blind[0]} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
+    if why is not None:
+        if lock is not None:
+            lock.release()
+        raise UserError(why)
+    return lock
 
-    Raises UserError when the run folder belongs to another model or corpus.
+
+def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, None where the run is fresh; and why newer ones were passed over, a line each.
+
+    Rank 0 looks. Raises UserError when none can be used, or the folder belongs to another model or corpus.
     """
     folder = config.run.folder
-    found = checkpoint.complete(folder / "checkpoints")
-    if not found:
+    found, why = mesh.agree(checkpoint.newest(folder / "checkpoints") if mesh.rank() == 0 else None)
+    if found is None:
+        if why:
+            raise UserError(checkpoint.none_usable(folder / "checkpoints", why))
         return None, []
-    manifest = checkpoint.read_manifest(found[-1])
-    differences = changes(manifest["config"], config)
-    other = [d for d in differences if d.startswith("model.")]
-    if other:
+    manifest = found.manifest
+    if other := [d for d in changes(manifest["config"], config) if d.startswith("model.")]:
         raise UserError(f"{folder}: made with another model ({'; '.join(other)}); choose another run.name=")
-    if manifest["corpus"] != corpus.hash:
-        raise UserError(f"{folder}: made with another corpus than {config.data.dir}; choose another run.name=")
-    notes = [f"changed since step {manifest['step']}: {difference}" for difference in differences]
-    rates = [learning_rate(config.train, manifest["step"], total) for total in (manifest["steps"], steps)]
-    if rates[0] != rates[1]:
-        notes.append(f"the learning rate now decays over {steps} steps instead of {manifest['steps']}: it jumps here")
-    return found[-1], notes
+    if manifest["tokenizer"] != tokenizer.hash:
+        size = f"vocabulary {manifest['vocab_size']} -> {tokenizer.vocab_size}"
+        raise UserError(f"{folder}: made with another tokenizer ({size}); choose another run.name=")
+    if manifest["corpus"] != corpus.hash and not config.checkpoint.allow_other_corpus:
+        raise UserError(
+            f"{folder}: made with another corpus than {config.data.dir}; choose another run.name=, or go on with "
+            "checkpoint.allow_other_corpus=true"
+        )
+    return found, why
+
+
+def notes_on(manifest: dict[str, Any], run: "Run", threads: int) -> list[str]:
+    """What is not as it was when the checkpoint was written, a line each."""
+    notes = [f"changed since step {manifest['step']}: {d}" for d in changes(manifest["config"], run.config)]
+    if manifest["corpus"] != run.corpus.hash:
+        notes.append(f"goes on with another corpus, {run.config.data.dir}")
+    before, after = (learning_rate(run.config.train, manifest["step"], n) for n in (manifest["steps"], run.steps))
+    if before != after:
+        steps = f"{run.steps} steps instead of {manifest['steps']}"
+        notes.append(f"the learning rate now decays over {steps}: it jumps here")
+    now = {
+        "world": run.world.size, "degrees": asdict(run.degrees), "threads": threads, "device": run.device.type,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    moved = [f"{key} {manifest[key]} -> {value}" for key, value in now.items() if manifest[key] != value]
+    if moved:
+        notes.append(f"from here on equal to rounding, not bitwise, since it was saved elsewhere: {', '.join(moved)}")
+    return notes
 
 
 def changes(before: dict[str, dict[str, Any]], config: Config) -> list[str]:
@@ -133,21 +180,24 @@ def build(config: Config, world: World, device: torch.device, vocab_size: int) -
     return model, dtype
 
 
-def begin(run: Run, newest: Path | None, notes: list[str], threads: int) -> None:
-    """Load the checkpoint or start a fresh run folder, and say which."""
+def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: int) -> None:
+    """Load the checkpoint or start a fresh run folder, and say which. Makes the run ready to save."""
     config, folder = run.config, run.folder
-    if newest is not None:
-        checkpoint.load(newest, run.model, run.optimizer)
-        manifest = checkpoint.read_manifest(newest)
-        run.step, run.tokens = manifest["step"], manifest["tokens"]
-        run.scale = LossScale(**manifest.get("loss_scale", {}))
+    notes: list[str] = []
+    if found is not None:
+        found, more = checkpoint.load(found, run.model, run.optimizer)
+        notes = [f"passed over {why}" for why in [*passed_over, *more]]
+        notes += notes_on(found.manifest, run, threads)
+        run.step, run.tokens = found.step, found.manifest["tokens"]
+        run.skipped = found.manifest["skipped"]
+        run.scale = LossScale(**found.manifest["loss_scale"])
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump(config.sections()))
-        run.report.file.cut(run.step if newest else -1)
+        run.report.file.cut(run.step if found else -1)
     total, active = config.model.parameter_counts(run.tokenizer.vocab_size)
     share = run.loader.share
-    run.report.say("fresh" if newest is None else f"resumed from step {run.step}")
+    run.report.say("fresh" if found is None else f"resumed from step {run.step}")
     for note in notes:
         run.report.say(note)
     loss, without = machine.choose_loss(config.train.liger, run.device)

@@ -25,6 +25,7 @@ from trainer.start import Run
 class StepResult:
     fields: dict[str, Any]  # for metrics.jsonl
     stop: bool  # some rank was asked to stop
+    written: bool  # all ranks have written the checkpoint that is under way
 
 
 def train_step(run: Run, batch: Step) -> StepResult:
@@ -33,9 +34,9 @@ def train_step(run: Run, batch: Step) -> StepResult:
     loss, loads, statistics = backward(run, batch)
     parts = gradients.local_gradients(model)
     square = gradients.sum_of_squares(parts, run.config.parallel.replicate)
-    stop = torch.tensor(float(run.stop.asked), device=run.device)
-    total_square, total_loss, total_loads, total_statistics, stops = gradients.sum_over_ranks(
-        square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), stop
+    said = torch.tensor([float(run.stop.asked), float(run.saver is not None and run.saver.written)], device=run.device)
+    total_square, total_loss, total_loads, total_statistics, (stops, written) = gradients.sum_over_ranks(
+        square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
     norm, mean_loss = math.sqrt(float(total_square)) / run.scale.value, float(total_loss)
     rate = learning_rate(config, run.step, run.steps)
@@ -46,6 +47,8 @@ def train_step(run: Run, batch: Step) -> StepResult:
         gradients.scale(parts, clip / run.scale.value)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
+        if run.saver is not None:
+            run.saver.before_change()
         run.optimizer.step()
         move_biases(model, total_loads, run.config.model.balance_rate)
     elif run.scale.can_fall and math.isfinite(mean_loss):
@@ -61,7 +64,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     fields = {"loss": mean_loss, "lr": rate, "grad_norm": norm}
     if len(total_loads):
         fields |= expert_fields(run, total_loads, total_statistics, batch.real_tokens)
-    return StepResult(fields, float(stops) > 0)
+    return StepResult(fields, float(stops) > 0, int(written) == run.world.size)
 
 
 def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:

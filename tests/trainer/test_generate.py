@@ -143,7 +143,7 @@ def test_a_wrong_path_is_one_line(run, tmp_path, damage):
         shutil.rmtree(path / "checkpoints" / "step-00000003")
     if damage == "other":
         manifest = path / "checkpoints" / "step-00000003" / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
     command = [sys.executable, "-m", "trainer.generate", "--checkpoint", str(path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""

@@ -1,0 +1,144 @@
+"""One run, one writer: the file `lock` in a run's folder, held by its rank 0.
+
+On one host an flock decides, which the kernel releases when its process ends, however it ends. Between hosts, whose
+file system may know no flock, a lease does: the file's time, renewed while the run lives. It holds a random id, and a
+checkpoint is published only while that is still ours, so a writer that was thought dead can do no harm.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+
+from data.config import UserError
+
+NAME = "lock"
+LEASE = 60.0  # seconds without renewal after which another host's run counts as dead
+PATIENCE = 3.0  # seconds that a killed process may take to be gone
+
+
+class Lost(UserError):
+    """Another run has taken the folder over."""
+
+
+class Lock:
+    """Held from creation to `release`. Raises UserError in one line where another run lives, or nothing can be written.
+
+    Another host's run is waited for: for less than a minute, until its lease ends or is renewed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / NAME
+        self.id = secrets.token_hex(8)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}; the run folder cannot be written, set run.dir=") from None
+        try:
+            self._flock()
+            self._wait_for_lease()
+            self._write({"id": self.id, "host": _host(), "name": socket.gethostname(), "process": os.getpid()})
+        except BaseException:
+            os.close(self._handle)
+            raise
+        self._ended = threading.Event()
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def _flock(self) -> None:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise UserError(self._living()) from None
+                time.sleep(0.1)
+            except OSError:  # a file system without flock: the lease alone decides
+                return
+
+    def _wait_for_lease(self) -> None:
+        holder = read(self.path)
+        if not holder or holder.get("host") == _host():
+            return
+        renewed = os.stat(self.path).st_mtime
+        while (left := renewed + LEASE - self._now()) > 0:
+            time.sleep(min(1.0, left))
+            if os.stat(self.path).st_mtime != renewed:
+                raise UserError(self._living())
+
+    def _living(self) -> str:
+        holder = read(self.path)
+        who = f"process {holder.get('process')} on {holder.get('name')}" if holder else "another process"
+        return f"{self.path.parent}: {who} is training in it; end that one, or choose another run.name="
+
+    def _now(self) -> float:
+        """The file server's time, which need not be ours."""
+        probe = self.path.with_name(f".{NAME}-{self.id}")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _write(self, holder: dict[str, str | int]) -> None:
+        content = json.dumps(holder).encode() if holder else b""
+        os.pwrite(self._handle, content, 0)
+        os.ftruncate(self._handle, len(content))
+        os.fsync(self._handle)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(LEASE / 4):
+            try:
+                os.utime(self._handle)
+            except OSError:  # the folder is out of reach: nobody else sees it renewed, and so it shall be
+                pass
+
+    def check(self) -> None:
+        """Raises Lost unless the folder is still this run's."""
+        if read(self.path).get("id") != self.id:
+            raise Lost(f"{self.path}: no longer this run's, another took it over or removed it; this one saves no more")
+
+    def release(self) -> None:
+        """Leave the folder to the next run, of any host."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        try:
+            if read(self.path).get("id") == self.id:
+                self._write({})
+        except OSError:
+            pass
+        os.close(self._handle)
+
+
+def read(path: Path) -> dict[str, str | int]:
+    """What a lock file says of its holder; empty where there is none."""
+    try:
+        holder = json.loads(path.read_text())
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def sees(folder: Path, lock_id: str, patience: float = 10.0) -> bool:
+    """Whether the lock of this id can be read here: whether this rank's folder is rank 0's."""
+    end = time.monotonic() + patience
+    while read(folder / NAME).get("id") != lock_id:  # a network's file system may show it a moment later
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _host() -> str:
+    """Names this machine since it was started: containers may share a host name, and a host its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()

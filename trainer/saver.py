@@ -1,0 +1,164 @@
+"""Saves of a run: one at a time, at once or in the background, and published when all ranks have written.
+
+`save` writes and publishes while everyone waits; or, with `checkpoint.async_save`, stages a copy and returns. Then a
+thread of low priority writes it, each step's message counts the ranks that are done, and when all are, `finish` gives
+the checkpoint its name. A save that fails on any rank is dropped on all: the run goes on, the one before stays.
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import mesh
+from trainer import blocks, checkpoint, storage
+from trainer.blocks import Damaged, Record
+from trainer.checkpoint import TOKENIZER
+from trainer.config import CheckpointConfig
+from trainer.lock import Lock, Lost
+
+
+@dataclass
+class Save:
+    """A save that is under way on this rank."""
+
+    step: int
+    fields: Mapping[str, Any]
+    partial: Path
+    files: Future[dict[str, Record]]
+    began: float
+
+
+class Saver:
+    """Writes checkpoints of `tensors` into `folder`. Made, and all its methods called, on all ranks together.
+
+    `tell(step, seconds, why)` hears of each save that has ended; `why` it failed, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        tokenizer: Path,
+        config: CheckpointConfig,
+        lock: Lock | None = None,
+        tell: Callable[[int, float, str | None], None] = lambda step, seconds, why: None,
+    ) -> None:
+        self.folder, self.tokenizer, self.config, self.lock, self.tell = folder, tokenizer, config, lock, tell
+        self.rank = mesh.rank()
+        # of its own: saves come between the messages of training, and on a GPU these are not for the CPU
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.plan = storage.make_plan(tensors, self.group)
+        self.source = storage.Source(self.plan, tensors)
+        self.image = storage.Image(self.source) if config.async_save else None
+        self.mark = mesh.agree(lock.id if lock is not None else "0", self.group)
+        self.pending: Save | None = None
+        self.newest: int | None = None  # the step of the last that was published
+        self.failed = False  # the last save
+        self._given_up = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority if config.async_save else None)
+
+    def save(self, step: int, fields: Mapping[str, Any], wait: bool = False) -> None:
+        """Save the tensors as they are now; `fields` go into the manifest. In the background if it may."""
+        self.finish()
+        partial = self.folder / f".partial-step-{step:08d}-{self.mark}"
+        began = time.perf_counter()
+        if self.image is not None and not wait:
+            self.image.begin()
+            files = self._thread.submit(self._write, partial, self.image)
+        else:
+            files = Future()
+            try:
+                files.set_result(self._write(partial, None))
+            except Exception as error:  # the others must hear of it
+                files.set_exception(error)
+        self.pending = Save(step, fields, partial, files, began)
+        if self.image is None or wait:
+            self.finish()
+
+    def _write(self, partial: Path, image: storage.Image | None) -> dict[str, Record]:
+        files = {}
+        if image is not None:
+            image.help()
+        partial.mkdir(parents=True, exist_ok=True)
+        if self.plan.begins:
+            name, source = storage.file_name(self.rank), image or self.source
+            threads = 1 if image is not None else blocks.THREADS
+            files[name] = blocks.write(partial / name, self.plan.size, source.block, threads, self._given_up)
+        if self.rank == 0:
+            files[TOKENIZER] = blocks.write_small(partial / TOKENIZER, self.tokenizer.read_bytes())
+        return files
+
+    def before_change(self) -> None:
+        """To be called before any tensor changes: ends the staged copy."""
+        if self.pending is not None and self.image is not None:
+            self.image.end()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written what is pending, or failed to."""
+        return self.pending is not None and self.pending.files.done()
+
+    def finish(self) -> None:
+        """Wait until all ranks have written what is pending, then publish it, or drop it. Raises Lost."""
+        if self.pending is None:
+            return
+        save, self.pending = self.pending, None
+        files, why = {}, None
+        try:
+            files = save.files.result()
+        except Exception as error:
+            why = _reason(error)
+        everyone = mesh.gather((files, why), self.group)
+        lost = False
+        if self.rank == 0:
+            why = next((why for _, why in everyone if why), None)
+            try:
+                if why is None:
+                    self._publish(save, {name: record for files, _ in everyone for name, record in files.items()})
+            except Lost as error:
+                why, lost = str(error), True
+            except (OSError, Damaged) as error:
+                why = _reason(error)
+            if why is not None:
+                shutil.rmtree(save.partial, ignore_errors=True)
+        why, lost = mesh.agree((why, lost), self.group)
+        if lost:
+            raise Lost(why)
+        self.failed = why is not None
+        if not self.failed:
+            self.newest = save.step
+        self.tell(save.step, time.perf_counter() - save.began, why)
+
+    def _publish(self, save: Save, files: dict[str, Record]) -> None:
+        manifest = {"format": checkpoint.FORMAT, "step": save.step, **save.fields, "files": files}
+        checkpoint.write_manifest(save.partial, {**manifest, "tensors": self.plan.table})
+        if self.lock is not None:
+            self.lock.check()
+        checkpoint.publish(save.partial, self.folder / f"step-{save.step:08d}")
+        # removing gigabytes takes a while
+        self._thread.submit(checkpoint.prune, self.folder, save.step, self.config.keep, self.config.keep_every)
+
+    def close(self) -> None:
+        """Give up what is still being written."""
+        self._given_up.set()
+        self._thread.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def _lower_priority() -> None:
+    """The writer takes the time that training leaves."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

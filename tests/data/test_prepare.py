@@ -168,7 +168,7 @@ def test_a_split_without_stories_is_refused(capsys):
     said = refusal(capsys, words(validation=1e-9, vocab_size=280))
     assert said.startswith("data.validation=1e-09: leaves no story for validation, of 9 in data.source=s.txt; give")
     assert not Path("corpus/manifest.json").exists()
-    assert "no story for train" in refusal(capsys, words(validation=0.999999, tokenizer=model(STORIES)))
+    assert "no story for train" in refusal(capsys, words(validation=0.999999, tokenizer=model(STORIES), dir="other"))
 
 
 def model(texts: list[str], name: str = "given.model", vocab_size: int = 290) -> str:

@@ -11,12 +11,14 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.config import UserError
 from data.sources import Document
 from data.tokenizer import Tokenizer, Words
 
@@ -38,28 +40,46 @@ class Encoded(NamedTuple):
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, processes: int | None = None
 ) -> Generator[Encoded, None, None]:
-    """Each document in its turn, by `processes` (as many as there are cores to use)."""
+    """Each document in its turn, by `processes` (as many as there are cores to use). Raises UserError."""
     processes = processes or _cores()
-    parts = batches(documents)
-    first = list(itertools.islice(parts, FEW + 1))
-    if processes == 1 or len(first) <= FEW:
-        words = Words(tokenizer)
-        for batch in itertools.chain(first, parts):
-            yield from zipped(batch, _encode([document.text for document in batch], words))
-        return
+    rest = batches(documents)
+    first = deque(itertools.islice(rest, FEW + 1))
+    alone = processes == 1 or len(first) <= FEW
+    parts = itertools.chain(drained(first), rest)
+    yield from _here(parts, tokenizer) if alone else _by_processes(parts, tokenizer, processes)
+
+
+def _here(parts: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    words = Words(tokenizer)
+    for batch in parts:
+        yield from zipped(batch, _encode([document.text for document in batch], words))
+
+
+def _by_processes(parts: Iterable[list[Document]], tokenizer: Tokenizer, processes: int) -> Iterator[Encoded]:
     under_way: deque[tuple[list[Document], Future[Ids]]] = deque()
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (tokenizer.path,))
     try:
-        for batch in itertools.chain(first, parts):
+        for batch in parts:
             under_way.append((batch, pool.submit(_work, [document.text for document in batch])))
             if len(under_way) > AHEAD * processes:
-                done, ids = under_way.popleft()
-                yield from zipped(done, ids.result())
+                yield from _done(*under_way.popleft())
         while under_way:
-            done, ids = under_way.popleft()
-            yield from zipped(done, ids.result())
+            yield from _done(*under_way.popleft())
+    except BrokenProcessPool:
+        why = "a process that encodes was killed, maybe for want of memory; the same command goes on"
+        raise UserError(why) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _done(batch: list[Document], ids: "Future[Ids]") -> Iterator[Encoded]:
+    return zipped(batch, ids.result())
+
+
+def drained(queue: deque[list[Document]]) -> Iterator[list[Document]]:
+    """What a queue holds, and let go."""
+    while queue:
+        yield queue.popleft()
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

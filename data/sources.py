@@ -221,7 +221,9 @@ class Files:
 
 
 def check_field(where: str, field: str, schema: Any) -> None:
-    """Raises UserError when the columns of an Arrow schema do not hold text under that name."""
+    """Raises UserError when the columns of an Arrow schema do not hold text under that name, in one column."""
+    if (times := schema.names.count(field)) > 1:
+        raise UserError(f"{where}: data.text_field={field} names {times} columns there; rename all but one")
     texts = [column.name for column in schema if str(column.type) in ("string", "large_string", "string_view")]
     if field not in texts:
         raise no_text(where, field, texts)

@@ -221,7 +221,7 @@ def start(repeats: int) -> list[Figure]:
         subprocess.run([sys.executable, "-m", "data.prepare", *words], cwd=ROOT, check=True, capture_output=True)
 
         def first_step(number: int) -> float:
-            run = [*words, f"run.dir={folder}/runs", f"run.name=r{number}", "train.steps=1000", "log.wandb=disabled"]
+            run = [*words, f"run.dir={folder}/runs", f"run.name=r{number}", "train.steps=1000"]
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             metrics = Path(folder, "runs", f"r{number}", "metrics.jsonl")
             began = time.perf_counter()

@@ -168,7 +168,7 @@ def test_a_split_without_stories_is_refused(capsys):
     said = refusal(capsys, words(validation=1e-9, vocab_size=280))
     assert said.startswith("data.validation=1e-09: leaves no story for validation, of 9 in data.source=s.txt; give")
     assert not Path("corpus/manifest.json").exists()
-    assert "no story for train" in refusal(capsys, words(validation=0.999999, tokenizer=model(STORIES)))
+    assert "no story for train" in refusal(capsys, words(validation=0.999999, tokenizer=model(STORIES), dir="other"))
 
 
 def model(texts: list[str], name: str = "given.model", vocab_size: int = 290) -> str:
@@ -340,19 +340,24 @@ def shards(folder: str) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).glob("*.shard")}
 
 
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The ids of the processes that encode, as soon as there are some."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("finding the processes takes /proc/PID/task/*/children")
+    while not Path("corpus/train-00000.shard.partial").exists() or len(children.read_text().split()) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return [int(pid) for pid in children.read_text().split()]
+
+
 @pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them():
     write_long(600)
     argv = [*COMMAND, *words(**LONG, tokenizer=model(STORIES))]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        if not children.exists():
-            process.kill()
-            pytest.skip("finding the processes takes /proc/PID/task/*/children")
-        while not Path("corpus/train-00000.shard.partial").exists() or len(children.read_text().split()) < 2:
-            assert process.poll() is None
-            time.sleep(0.05)
-        workers = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+        workers = [Path(f"/proc/{pid}") for pid in workers_of(process)]
         process.kill()
     for _ in range(100):
         if not any(worker.exists() and "Z" not in (worker / "stat").read_text().split()[2] for worker in workers):
@@ -360,6 +365,43 @@ def test_processes_end_with_the_one_that_started_them():
         time.sleep(0.05)
     else:
         raise AssertionError("a process outlives prepare")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_one_line():
+    write_long(600)
+    argv = [*COMMAND, *words(**LONG, tokenizer=model(STORIES))]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for pid in workers_of(process):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                break
+        out, err = process.communicate(timeout=60)
+    said = [line for line in err.splitlines() if not line.startswith("encoding")]
+    assert (process.returncode, out, len(said)) == (2, "", 1), err
+    assert said[0].startswith("a process that encodes was killed")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text():
+    """Ten and forty million bytes: all of it in memory would take thirty more at least, in one process or the other."""
+    code = (
+        "import re, resource, sys; from pathlib import Path; from data.prepare import main\n"
+        "if __name__ == '__main__':\n"
+        "    assert main(sys.argv[1:]) == 0\n"
+        "    here = int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "    print(here // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)\n"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process stands in /proc/self/status")
+    Path("measure.py").write_text(code)
+    peaks = []
+    for times in (200, 800):
+        write_long(times)
+        argv = words(**LONG | {"tokenizer": model(STORIES), "dir": f"corpus-{times}"})
+        done = subprocess.run([sys.executable, "measure.py", *argv], capture_output=True, text=True, check=True)
+        peaks.append([int(size) for size in done.stdout.splitlines()[-1].split()])
+    assert all(more < less + 20 for less, more in zip(*peaks, strict=True)), peaks
 
 
 def test_one_process_or_many_give_the_same_tokens():

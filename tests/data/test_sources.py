@@ -209,6 +209,8 @@ def test_parquet_without_the_text_is_named(tmp_path):
     assert "no field holds text" in refusal(parquet(tmp_path / "n.parquet", text=[1, 2]))
     path = parquet(tmp_path / "m.parquet", text=["one", "two", None])
     assert refusal(path).startswith(f"{path}, row 3: no text in data.text_field=text; ")
+    write_table(pyarrow.Table.from_arrays([pyarrow.array(["one"])] * 2, ["text", "text"]), path)
+    assert refusal(path) == f"{path}: data.text_field=text names 2 columns there; rename all but one"
     broken = pyarrow.array([b"one", b"caf\xe9"]).view(pyarrow.string())
     write_table(pyarrow.table({"text": broken}), path)
     assert refusal(path).startswith(f"{path}, row 2: not UTF-8")

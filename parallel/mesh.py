@@ -109,15 +109,17 @@ def _either(numbers: list[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def connect(world: World, device: torch.device, timeout: int) -> None:
-    """Join the process group of the run; `timeout` seconds without news from a rank end it. Alone: nothing."""
+def connect(world: World, device: torch.device, timeout: float, store: dist.Store | None = None) -> None:
+    """Join the process group of the run, whose collectives wait `timeout` seconds. Alone: nothing."""
     if world.size == 1 or dist.is_initialized():
         return
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo", timeout=datetime.timedelta(seconds=timeout), device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
+        timeout=datetime.timedelta(seconds=timeout), device_id=device if cuda else None,
+    )  # fmt: skip
 
 
 def rank() -> int:

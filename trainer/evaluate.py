@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,12 @@ def evaluate(
     batches: int | str,
     world: "World",
     split_name: str = "validation",
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The `eval` line: loss of `batches` (`all` or a number) times micro_batch_size stories, over all ranks.
 
-    Leaves training mode, biases and random numbers as they were.
+    Calls `between` before each batch, which may raise on all ranks. Leaves training mode, biases and random numbers as
+    they were.
     """
     import torch
 
@@ -51,6 +53,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for places in Share(stories, size, world.size).of(world.rank):
+                between()
                 batch = rows.batch(list(places), [0] * len(places), trim=True).to(device)
                 output = model(batch.tokens, batch.targets)
                 assert output.loss is not None

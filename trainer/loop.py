@@ -1,40 +1,90 @@
 """The run: one state object, one loop.
 
 Starting the same command again goes on from the newest checkpoint as if never stopped. `start.py` makes the run ready,
-`step.py` is one optimizer step; here they follow one another, with evaluations, samples and checkpoints between.
+`step.py` is one optimizer step; here they follow one another, with evaluations, samples and checkpoints between. A wish
+to stop is agreed on in each step's message, and between the batches of an evaluation; `watch.py` sees to it that nobody
+waits for a rank that does not come.
 """
 
+import itertools
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from data.config import UserError
 from data.loader import Step
-from parallel import fsdp, mesh
+from parallel import fsdp, gradients, mesh
 from parallel.mesh import World
-from trainer import checkpoint, machine
+from parallel.rendezvous import another, find_others
+from trainer import machine
 from trainer.config import Config
 from trainer.evaluate import describe, evaluate
-from trainer.faults import StopFlag
+from trainer.faults import RankFailed, StopFlag, Stopped, clear_mark, leave_mark, memory_error, sibling_gone
 from trainer.generate import Sampling, text_of
-from trainer.lock import Lock
-from trainer.metrics import Reporter
+from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
 from trainer.saver import Saver
-from trainer.start import Run, begin, build, degrees, find_checkpoint, open_corpus, take_folder
+from trainer.start import (
+    Run,
+    begin,
+    build,
+    degrees,
+    find_checkpoint,
+    make_saver,
+    open_corpus,
+    state_of,
+    take_folder,
+)
 from trainer.step import train_step
+from trainer.watch import Watch
+
+LIVES = itertools.count()  # of runs in this process
+BACKSTOP = 4  # times run.timeout, for the collectives: the watch, which can say who is late, ends a run before
 
 
-def train(config: Config) -> int:
-    """Start or go on with the run of `config` in this process. Returns the exit code. Raises UserError."""
+def train(config: Config, stop: StopFlag | None = None) -> int:
+    """Start or go on with the run of `config` in this process. Returns the exit code.
+
+    `stop` hears signals already, else they are heard from here on. Raises UserError, and RankFailed when another rank
+    ended the run.
+    """
+    if stop is None:
+        with StopFlag() as stop:
+            return train(config, stop)
     world = World.from_environment()
+    watch = Watch(world.rank, world.size, stop, config.run.timeout, config.run.folder)
+    with ExitStack() as at_end:
+        at_end.callback(watch.close)
+        try:
+            return run_to_end(config, world, watch, at_end)
+        except Stopped:
+            return 0
+        except Exception as error:  # told to the others before the connections to them close
+            place, micro, length = watch.place, config.train.micro_batch_size, config.data.seq_len
+            verdict = watch.verdict(memory_error(error, place.phase, place.step, micro, length) or error)
+            if isinstance(verdict, Stopped):
+                return 0
+            if verdict is error:
+                raise
+            raise verdict from error
+
+
+def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) -> int:
+    """All of a run on this rank; returns the exit code. Raises Stopped if that is asked before its first step."""
+    if world.rank == 0:
+        clear_mark(config.run.folder)
     machine.keep_freed_memory()
+    try:
+        store = find_others(world, config.run.timeout, lambda: watch.stop.asked and sibling_gone())
+    except TimeoutError as error:
+        raise RankFailed(str(error)) from None
+    watch.begin(store and another(store, f"watch/{next(LIVES)}"))
+    watch.mark("opening the corpus")
     if config.run.deterministic:
         machine.be_deterministic()
     if config.train.compile:
@@ -42,43 +92,70 @@ def train(config: Config) -> int:
     device = machine.choose_device(config.run.device, world)
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
-    mesh.connect(world, device, config.run.timeout)
-    with ExitStack() as at_end:
-        at_end.callback(mesh.disconnect)
-        lock = take_folder(config, world)
-        if lock is not None:
-            at_end.callback(lock.release)
-        found, passed_over = find_checkpoint(config, corpus, tokenizer)
-        if found is not None and found.step >= steps:
-            if world.rank == 0:
-                hint = "set run.name= for another run, train.steps= to go on"
-                print(f"{config.run.folder}: finished at step {found.step}; {hint}")
-            return 0
-        report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
-        at_end.callback(report.close)
-        model, dtype = build(config, world, device, tokenizer.vocab_size)
-        optimizer, scale = make_optimizer(model, config.train), LossScale.of(dtype)
-        stop = at_end.enter_context(StopFlag())
-        run = Run(
-            config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer,
-            degrees(config, world), scale, report, stop,
-        )  # fmt: skip
-        begin(run, found, passed_over, threads)
-        saver = make_saver(run, lock)
-        at_end.callback(saver.close)
-        loop(run)
-        return 1 if saver.failed else 0
+    watch.mark("connecting")
+    mesh.connect(world, device, BACKSTOP * config.run.timeout, store)
+    at_end.callback(mesh.disconnect)
+    watch.mark("taking the run's folder")
+    lock = take_folder(config, world)
+    if lock is not None:
+        at_end.callback(lock.release)
+    found, passed_over = find_checkpoint(config, corpus, tokenizer)
+    if found is not None and mesh.agree(finished(config.run.folder, found.step, steps)):
+        if world.rank == 0:
+            hint = "set run.name= for another run, train.steps= to go on"
+            print(f"{config.run.folder}: finished at step {found.step}; {hint}")
+        return 0
+    watch.mark("building the model")
+    report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
+    at_end.callback(report.close)
+    model, dtype = build(config, world, device, tokenizer.vocab_size)
+    optimizer, scale = make_optimizer(model, config.train), LossScale.of(dtype)
+    run = Run(
+        config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer, degrees(config, world), scale,
+        report, watch.stop, watch=watch,
+    )  # fmt: skip
+    watch.mark("loading the checkpoint")
+    begin(run, found, passed_over, threads)
+    saver = make_saver(run, lock)
+    at_end.callback(saver.close)
+    saver.newest = run.step
+    watch.mark("the first message")
+    if world.rank == 0:
+        watch.enter()
+    mesh.agree(None)  # rank 0 is past the point where all end before the first step
+    watch.enter()
+    loop(run, saver)
+    return 1 if saver.failed else 0
 
 
-def loop(run: Run) -> None:
-    """Train until the last step, stop_at, or a signal."""
-    config, last = run.config, min(run.steps, run.config.train.stop_at or run.steps)
-    assert run.saver is not None
-    run.saver.newest = run.step
-    steps = timed(run.loader.steps(run.step, last))
+def loop(run: Run, saver: Saver) -> None:
+    """Train until the last step, stop_at, or a signal; then the end of the run, if it is one."""
+    requeue = False
+    try:
+        make_up(run)
+        train_steps(run, saver, min(run.steps, run.config.train.stop_at or run.steps))
+        if run.step >= run.steps:
+            return finish(run)
+    except Stopped as stopped:
+        requeue = stopped.requeue
+        run.watch.mark("saving")
+        saver.finish()
+        if run.step != saver.newest and not run.skipped:
+            saver.save(run.step, state_of(run), wait=True)
+    if requeue and run.world.rank == 0:
+        leave_mark(run.folder, run.step)
+    run.report.event(run.step, "stopped", requeue=requeue)
+    run.report.close()
+    saved = f"saved at {saver.newest}" if saver.newest else "nothing saved"
+    run.report.say(f"stopped at step {run.step} of {run.steps}, {saved}; to resume: {command()}")
+
+
+def train_steps(run: Run, saver: Saver, last: int) -> None:
+    """Steps up to `last`, and what falls due between them. Raises Stopped."""
+    config, save_due = run.config, False
     run.model.train()
     started = time.perf_counter()
-    for batch, waited in steps:
+    for batch, waited in timed(run, last):
         result = train_step(run, batch)
         now = time.perf_counter()
         seconds, started = now - started, now
@@ -90,36 +167,65 @@ def loop(run: Run) -> None:
             },
         )  # fmt: skip
         if result.written:
-            run.saver.finish()
+            saver.finish()
         if run.skipped >= config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={config.train.max_skipped}: so many steps in a row had no finite gradient; "
-                "lower train.max_lr, and start again from the last checkpoint by the same command"
+                f"lower train.max_lr, and start again by the same command, from step {saver.newest}"
             )
-        if due(config.eval.every, run.step) and run.step < last:
-            run_evaluation(run, config.eval.batches)
-        if due(config.sample.every, run.step) and run.step < last:
-            run_samples(run)
-        ends = result.stop or run.step == last
-        if due(config.checkpoint.every, run.step) or ends:
-            run.saver.save(run.step, state_of(run), wait=ends)
         if result.stop:
-            break
+            raise Stopped(result.requeue)
+        if run.step < last:
+            if due(config.eval.every, run.step):
+                run_evaluation(run, config.eval.batches)
+            if due(config.sample.every, run.step):
+                run_samples(run)
+        save_due = save_due or run.step == last or due(config.checkpoint.every, run.step)
+        # weights that gave no finite gradient may be bad, and wait until they gave one
+        if run.step == run.steps or (save_due and not run.skipped):
+            run.watch.mark("saving")
+            saver.save(run.step, state_of(run), wait=run.step == last)
+            save_due = False
         started = time.perf_counter()
-    if run.step < run.steps:
-        run.report.event(run.step, "stopped")
-        run.report.close()
-        saved = f"saved at {run.saver.newest}" if run.saver.newest else "nothing saved"
-        run.report.say(f"stopped at step {run.step} of {run.steps}, {saved}; to resume: {command()}")
-    else:
-        finish(run)
 
 
-def timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float]]:
-    """Each item with the seconds that it was waited for."""
+def make_up(run: Run) -> None:
+    """The evaluation and the samples of the step resumed from, where a stop cut them short."""
+    if 0 < run.step < run.steps:
+        if due(run.config.eval.every, run.step) and not evaluated(run):
+            run_evaluation(run, run.config.eval.batches)
+        if due(run.config.sample.every, run.step) and not mesh.agree(samples_file(run).exists()):
+            run_samples(run)
+
+
+def evaluated(run: Run) -> bool:
+    """Whether metrics.jsonl, as rank 0 sees it, holds an evaluation of this step."""
+    lines = read_lines(run.report.file.path) if run.world.rank == 0 else []
+    return bool(mesh.agree(any(x["kind"] == "eval" and x["step"] == run.step for x in lines)))
+
+
+def finished(folder: Path, done: int, steps: int) -> bool:
+    """Whether a run with a checkpoint of step `done` is over, its last evaluation included."""
+    ends = (x["step"] for x in read_lines(folder / "metrics.jsonl") if x.get("event") == "finished")
+    return done > steps or (done == steps and done in ends)
+
+
+def pause(run: Run) -> None:
+    """Between two batches of an evaluation or two tokens of a sample. Raises Stopped, on all ranks, where one asks."""
+    run.watch.mark(run.watch.place.phase)
+    (wishes,) = gradients.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
+    stop, requeue = (wishes > 0).tolist()
+    if stop:
+        raise Stopped(requeue)
+
+
+def timed(run: Run, last: int) -> Iterator[tuple[Step, float]]:
+    """The loader's steps up to `last`, each with the seconds that it was waited for."""
+    batches = run.loader.steps(run.step, last)
     while True:
+        run.watch.mark("data", run.step + 1)
         start = time.perf_counter()
-        item = next(steps, None)
+        item = next(batches, None)
         if item is None:
             return
         yield item, time.perf_counter() - start
@@ -130,66 +236,38 @@ def due(every: int, step: int) -> bool:
 
 
 def run_evaluation(run: Run, batches: int | str) -> None:
-    line = evaluate(run.model, run.corpus, run.config, batches, run.world)
+    run.watch.mark("evaluation")
+    line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: pause(run))
     run.report.write("eval", run.step, **line)
     run.report.say(f"step {run.step}: {describe(line)}")
 
 
 def run_samples(run: Run) -> list[str]:
     """A story for each prompt, by all ranks alike; rank 0 writes them to samples/."""
+    run.watch.mark("sampling")
     config, stories = run.config.sample, []
     with fsdp.gathered(run.model):
         for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=seed)
-            stories.append(prompt + "".join(text_of(run.model, run.tokenizer, prompt, sampling)))
-    if run.world.rank == 0:
-        folder = run.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        (folder / f"step-{run.step:08d}.txt").write_text("\n\n---\n\n".join(stories) + "\n", encoding="utf-8")
+            pieces = [prompt]
+            for piece in text_of(run.model, run.tokenizer, prompt, sampling):
+                pieces.append(piece)
+                pause(run)
+            stories.append("".join(pieces))
+    run.report.write_text(samples_file(run), "\n\n---\n\n".join(stories) + "\n")
     return stories
 
 
-def make_saver(run: Run, lock: Lock | None) -> Saver:
-    """What saves the run; what becomes of each save goes to the report."""
-
-    def tell(step: int, seconds: float, why: str | None) -> None:
-        if why is None:
-            run.report.event(run.step, "saved", at=step, seconds=seconds)
-            return
-        run.report.event(run.step, "save failed", at=step, why=why)
-        run.report.say(f"checkpoint of step {step}: {why}; dropped on all ranks, the one before stays")
-
-    run.saver = Saver(
-        run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
-        run.config.checkpoint, lock, tell,
-    )  # fmt: skip
-    return run.saver
-
-
-def state_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run, besides the tensors: all that a resume needs, or compares."""
-    return {
-        "config": {name: section.model_dump() for name, section in run.config.sections().items()},
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "skipped": run.skipped,
-        "loss_scale": asdict(run.scale),
-        "vocab_size": run.tokenizer.vocab_size,
-        "tokenizer": run.tokenizer.hash,
-        "corpus": run.corpus.hash,
-        "torch": torch.__version__,
-        "world": run.world.size,
-        "degrees": asdict(run.degrees),
-        "threads": torch.get_num_threads(),
-        "device": run.device.type,
-    }
+def samples_file(run: Run) -> Path:
+    return run.folder / "samples" / f"step-{run.step:08d}.txt"
 
 
 def finish(run: Run) -> None:
     """The end of a run: validation loss, a loss picture, a story, and what to do next."""
-    if run.config.eval.final != "none":
+    if run.config.eval.final != "none" and not evaluated(run):
         run_evaluation(run, run.config.eval.final)
     stories = run_samples(run)
+    run.watch.mark("finishing")
     run.report.event(run.step, "finished")
     run.report.close()
     if run.world.rank != 0:
@@ -217,5 +295,3 @@ def command() -> str:
     size = os.environ.get("WORLD_SIZE")
     start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if size else "python"
     return f"{start} -m trainer.main {words}".strip()
-
-

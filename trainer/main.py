@@ -4,13 +4,13 @@
 """
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.config import UserError, help_text
+from trainer import faults
 from trainer.config import SECTION_TYPES, read_config
 
 VERSION = "0.1.0"
@@ -36,33 +36,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = [word.partition("=")[2] for word in args.settings if word.startswith("run.dir=")]
         print(list_runs(Path(folders[-1] if folders else RunConfig().dir)))
         return 0
-    config = read_config(args.config, args.settings)
     if args.dry_run:
         from trainer.dryrun import print_plan
 
-        print_plan(config)
+        print_plan(read_config(args.config, args.settings))
         return 0
+    faults.die_with_parent()
+    stop = faults.StopFlag().listen()  # until the process ends
+    config = read_config(args.config, args.settings)
     from trainer.loop import train
 
-    return train(config)
+    code = train(config, stop)
+    if code:  # a save failed, but nobody died: to start again is the user's to decide
+        faults.end_launcher()
+    return code
 
 
 def guarded(command: Callable[[], int]) -> int:
     """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130.
 
-    Below torchrun Ctrl-C ends with 0: nothing was lost yet, and torchrun would report a crash.
+    What another rank ended with is one line too. torchrun is kept from trying a mistake again.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
     try:
         return command()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(error, file=sys.stderr)
-        return 2
+        faults.tell(str(error))
+        code = 2
+    except faults.RankFailed as error:
+        faults.tell(str(error), faults.rank())
+        code = error.code
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("interrupted before the first step", file=sys.stderr)
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
+        faults.tell("interrupted")
+        return 130
+    if code == 2:
+        faults.end_launcher()
+    return code
 
 
 if __name__ == "__main__":

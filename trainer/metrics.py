@@ -1,9 +1,11 @@
 """What a run tells: metrics.jsonl (the truth), the terminal, and wandb. Rank 0 alone has one that speaks."""
 
+import errno
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,16 @@ class MetricsFile:
         os.replace(aside, self.path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one object."""
+        """Append one object, as a whole or not at all. Raises OSError when there is no room."""
+        text = json.dumps(line).encode() + b"\n"
         with open(self.path, "ab", buffering=0) as file:
-            file.write(json.dumps(line).encode() + b"\n")
+            end = file.tell()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -55,11 +64,39 @@ class Reporter:
         self._bar: tqdm | None = None
         self._wandb: Any = None
         self._steps = 0
+        self._full = False
 
     def say(self, text: str) -> None:
         """A line on stdout, above the bar."""
         if self.speaks:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+            self._shown(lambda: tqdm.write(text) if self._bar is not None else print(text, flush=True))
+
+    def _shown(self, show: Callable[[], object]) -> None:
+        """On the terminal, if it is still there: a closed one must not end a run."""
+        try:
+            show()
+        except OSError:
+            self._bar = None
+
+    def _kept(self, path: Path, keep: Callable[[], object]) -> None:
+        """On the disk, if there is room: a full one must not end a run. Said once, until there is room again."""
+        try:
+            keep()
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self.say(f"{path}: cannot be written ({error.strerror}); going on without")
+            self._full = True
+
+    def write_text(self, path: Path, text: str) -> None:
+        """A file of the run, such as its samples."""
+
+        def keep() -> None:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+        if self.speaks:
+            self._kept(path, keep)
 
     def start(self, step: int, steps: int, settings: dict[str, Any]) -> None:
         """The bar (on a terminal only), and wandb."""
@@ -100,7 +137,7 @@ class Reporter:
         if not self.speaks:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        self.file.write({"kind": kind, "step": step, **finite})  # JSON has no NaN
+        self._kept(self.file.path, lambda: self.file.write({"kind": kind, "step": step, **finite}))  # JSON has no NaN
         if self._wandb is not None and (kind == "eval" or (kind == "train" and step % self.config.every == 0)):
             numbers = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
             self._wandb.log({"step": step, **numbers})
@@ -117,7 +154,7 @@ class Reporter:
         text = f"loss {fields['loss']:.3f}, {fields['tokens_per_second']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._shown(lambda: self._bar and self._bar.update(step - self._bar.n))
         elif step % self.config.every == 0 or step == self._steps:
             left = (self._steps - step) * fields["step_seconds"]
             self.say(f"step {step}/{self._steps}: {text}, lr {fields['lr']:.2e}, {_clock(left)} left")
@@ -125,7 +162,7 @@ class Reporter:
     def close(self) -> None:
         """End bar and wandb."""
         if self._bar is not None:
-            self._bar.close()
+            self._shown(self._bar.close)
             self._bar = None
         if self._wandb is not None:
             self._wandb.finish()

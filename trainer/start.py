@@ -3,7 +3,7 @@
 What cannot be is found here, most of it before any process group is made.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -20,11 +20,12 @@ from parallel.mesh import Degrees, World
 from trainer import checkpoint, machine
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
-from trainer.faults import StopFlag
+from trainer.faults import Spikes, StopFlag
 from trainer.lock import Lock, sees
 from trainer.metrics import Reporter
 from trainer.optimizer import LossScale, learning_rate
 from trainer.saver import Saver
+from trainer.watch import Watch
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Run:
     tokens: int = 0  # targets that entered the loss so far
     skipped: int = 0  # steps in a row without a finite gradient
     saver: Saver | None = None
+    watch: Watch = field(default_factory=Watch)
+    spikes: Spikes = field(default_factory=Spikes)
 
     @property
     def folder(self) -> Path:
@@ -213,3 +216,39 @@ def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: i
         f"{dtype}; {run.steps} steps of {share.global_batch_size} x {config.data.seq_len} tokens"
     )
     run.report.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
+
+
+def make_saver(run: Run, lock: Lock | None) -> Saver:
+    """What saves the run; what becomes of each save goes to the report."""
+
+    def tell(step: int, seconds: float, why: str | None) -> None:
+        if why is None:
+            run.report.event(run.step, "saved", at=step, seconds=seconds)
+            return
+        run.report.event(run.step, "save failed", at=step, why=why)
+        run.report.say(f"checkpoint of step {step}: {why}; dropped on all ranks, the one before stays")
+
+    run.saver = Saver(
+        run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
+        run.config.checkpoint, lock, tell,
+    )  # fmt: skip
+    return run.saver
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run, besides the tensors: all that a resume needs, or compares."""
+    return {
+        "config": {name: section.model_dump() for name, section in run.config.sections().items()},
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "skipped": run.skipped,
+        "loss_scale": asdict(run.scale),
+        "vocab_size": run.tokenizer.vocab_size,
+        "tokenizer": run.tokenizer.hash,
+        "corpus": run.corpus.hash,
+        "torch": torch.__version__,
+        "world": run.world.size,
+        "degrees": asdict(run.degrees),
+        "threads": torch.get_num_threads(),
+        "device": run.device.type,
+    }

@@ -1,7 +1,8 @@
 """One optimizer step.
 
 The loader's micro-batches go forward and backward, gradients are reduced on the last; one message sums norm, loss,
-loads and the wish to stop over all ranks; clip, AdamW, balance bias, and what there is to tell.
+loads and the wish to stop over all ranks; clip, AdamW, balance bias, and what there is to tell. `run.watch` hears where
+the step is, so that a rank that hangs can be told from those that wait for it.
 """
 
 import math
@@ -25,6 +26,7 @@ from trainer.start import Run
 class StepResult:
     fields: dict[str, Any]  # for metrics.jsonl
     stop: bool  # some rank was asked to stop
+    requeue: bool  # and by its cluster
     written: bool  # all ranks have written the checkpoint that is under way
 
 
@@ -34,15 +36,19 @@ def train_step(run: Run, batch: Step) -> StepResult:
     loss, loads, statistics = backward(run, batch)
     parts = gradients.local_gradients(model)
     square = gradients.sum_of_squares(parts, run.config.parallel.replicate)
-    said = torch.tensor([float(run.stop.asked), float(run.saver is not None and run.saver.written)], device=run.device)
-    total_square, total_loss, total_loads, total_statistics, (stops, written) = gradients.sum_over_ranks(
+    run.watch.mark("the step's message")
+    written_here = run.saver is not None and run.saver.written
+    said = torch.tensor([run.stop.asked, run.stop.requeue, written_here], device=run.device)
+    total_square, total_loss, total_loads, total_statistics, (stops, requeues, written) = gradients.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
+    run.watch.mark("optimizer")
     norm, mean_loss = math.sqrt(float(total_square)) / run.scale.value, float(total_loss)
     rate = learning_rate(config, run.step, run.steps)
     finite = math.isfinite(norm) and math.isfinite(mean_loss)
     if finite:
         run.skipped = 0
+        report_spike(run, mean_loss)
         clip = min(1.0, config.clip / (norm + 1e-6)) if config.clip > 0 else 1.0
         gradients.scale(parts, clip / run.scale.value)
         for group in run.optimizer.param_groups:
@@ -64,7 +70,14 @@ def train_step(run: Run, batch: Step) -> StepResult:
     fields = {"loss": mean_loss, "lr": rate, "grad_norm": norm}
     if len(total_loads):
         fields |= expert_fields(run, total_loads, total_statistics, batch.real_tokens)
-    return StepResult(fields, float(stops) > 0, int(written) == run.world.size)
+    return StepResult(fields, float(stops) > 0, float(requeues) > 0, int(written) == run.world.size)
+
+
+def report_spike(run: Run, loss: float) -> None:
+    """Say so when the loss jumps; nothing else is done about it."""
+    if (usual := run.spikes.usual(loss)) is not None:
+        run.report.event(run.step + 1, "spike", loss=loss, usual=usual)
+        run.report.say(f"step {run.step + 1}: loss {loss:.3f} jumps above the usual {usual:.3f}")
 
 
 def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,12 +92,15 @@ def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     statistics: Tensor | int = 0
     if config.model.attention_dropout:  # fused attention takes no keys: the same on the same mesh only
         torch.manual_seed(place_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
+    run.watch.mark("forward", run.step + 1)
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         last = number == len(batch.micro_batches)
         fsdp.reduce_gradients(run.model, last or config.train.reduce == "every")
+        run.watch.mark("forward")
         output = forward(run, micro_batch, shares)
         assert output.loss is not None
+        run.watch.mark("backward")
         ((output.loss + output.penalty) * (run.scale.value / real)).backward()
         loss += output.loss.detach().double() / real
         loads = loads + output.loads

@@ -23,6 +23,7 @@ from trainer.config import Config
 from trainer.evaluate import describe, evaluate
 from trainer.faults import StopFlag
 from trainer.generate import Sampling, text_of
+from trainer.hub_import import beginning
 from trainer.lock import Lock
 from trainer.metrics import Reporter
 from trainer.optimizer import LossScale, make_optimizer
@@ -54,6 +55,9 @@ def train(config: Config) -> int:
                 hint = "set run.name= for another run, train.steps= to go on"
                 print(f"{config.run.folder}: finished at step {found.step}; {hint}")
             return 0
+        weights = None
+        if found is None and config.train.init_from is not None:
+            weights = beginning(config.train.init_from, config.model, tokenizer.vocab_size)
         report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
         at_end.callback(report.close)
         model, dtype = build(config, world, device, tokenizer.vocab_size)
@@ -63,7 +67,7 @@ def train(config: Config) -> int:
             config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer,
             degrees(config, world), scale, report, stop,
         )  # fmt: skip
-        begin(run, found, passed_over, threads)
+        begin(run, found, passed_over, threads, weights)
         saver = make_saver(run, lock)
         at_end.callback(saver.close)
         loop(run)

@@ -6,6 +6,7 @@ It is plain Llama 4 where Llama 4 can say all that the model is; else a small mo
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +35,9 @@ class Stored:
     """The weights of a checkpoint, read one at a time. Raises UserError where they are not those of its config."""
 
     def __init__(self, path: Path) -> None:
-        found, _ = checkpoint.find(path)
+        found, passed_over = checkpoint.find(path)
+        for why in passed_over:
+            print(f"passed over {why}", file=sys.stderr)
         self.path, self.manifest = found.path, found.manifest
         self.config: ModelConfig = check(ModelConfig, "model", self.manifest["config"]["model"])
         self.vocab_size: int = self.manifest["vocab_size"]
@@ -79,13 +82,14 @@ def export(source: Path, out: Path, dtype: str, limit: int, plain: bool, corpus:
         raise UserError("--plain: Llama 4 has a shared expert beside the others, and this model has none")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         written = _write(stored, partial, dtype, limit, plain or not reasons)
         os.rename(partial, out)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     print(f"{out}: step {stored.manifest['step']}, {written}")
     if not reasons:
         print("plain Llama 4, which can say all that this model is")

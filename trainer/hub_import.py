@@ -47,7 +47,8 @@ def beginning(where: str, config: ModelConfig, vocab_size: int) -> Beginning:
             there, size = check(ModelConfig, "model", manifest["config"]["model"]), manifest["vocab_size"]
             fill = lambda model: checkpoint.load(found, model, others=False)  # noqa: E731
     except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+        why = str(error).removeprefix("--checkpoint ").removeprefix(f"{path}: ")
+        raise UserError(f"{key}: {why}") from None
     other = differences(there, config)
     if whole_shapes(there, size) != whole_shapes(config, vocab_size):
         if size != vocab_size:
@@ -118,7 +119,9 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
         model = Transformer(theirs.model, theirs.vocab_size)
     model.to_empty(device="cpu")
     theirs.fill(model)
-    sections = read(SECTION_TYPES, None, ["train.steps=1", f"data.vocab_size={theirs.vocab_size}"])
+    seq_len = min(1024, theirs.model.max_seq_len)
+    words = ["train.steps=1", f"data.vocab_size={theirs.vocab_size}", f"data.seq_len={seq_len}"]
+    sections = read(SECTION_TYPES, None, words)
     sections["model"] = theirs.model
     fields = {
         "config": {name: section.model_dump() for name, section in sections.items()},

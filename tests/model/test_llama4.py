@@ -33,7 +33,8 @@ configs = st.builds(
     rope_theta=st.sampled_from([10_000.0, 500_000.0]),
     rope_scaling=st.none()
     | st.builds(
-        RopeScaling, factor=st.sampled_from([8, 16]), original_max_position_embeddings=st.sampled_from([32, 64])
+        RopeScaling, factor=st.sampled_from([8, 16]), high_freq_factor=st.sampled_from([1, 4]),
+        original_max_position_embeddings=st.sampled_from([32, 64]),
     ),
     nope_every=st.sampled_from([0, 2, 3]),
     attention_chunk=st.sampled_from([None, 7, 16]),
@@ -43,7 +44,7 @@ configs = st.builds(
     temperature_scale=st.sampled_from([0.1, 0.7]),
     norm_eps=st.sampled_from([1e-5, 1e-2]),
     tie_embeddings=st.booleans(),
-)
+)  # fmt: skip
 drawn = st.tuples(configs, st.booleans(), st.integers(0, 99))
 few = settings(
     max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate],  # a failure shows by its keys; no search
@@ -130,7 +131,7 @@ FAR = [0, 8_191, 131_072, 1_000_000]
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 def test_positions_far_from_the_start(theta):
     """The last bit of a frequency shows at far positions: RoPE has the same ones, also at the width of a real head."""
-    scalings = [None, RopeScaling(), RopeScaling(factor=16, original_max_position_embeddings=64)]
+    scalings = [None, RopeScaling(), RopeScaling(factor=16, high_freq_factor=1, original_max_position_embeddings=64)]
     rotary = transformers.models.llama4.modeling_llama4.Llama4TextRotaryEmbedding
     for scaling in scalings:
         config = ModelConfig(dim=128, n_heads=1, rope_theta=theta, rope_scaling=scaling)

@@ -168,10 +168,15 @@ def test_an_existing_folder_is_refused_and_a_failure_leaves_nothing(runs, tmp_pa
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: exists"):
         export(runs / "plain", tmp_path / "there")
-    monkeypatch.setattr("trainer.hub_export.fits", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(runs / "plain", tmp_path / "new" / "out")
-    assert not list((tmp_path / "new").iterdir())
+    for error, wanted in ((OSError(28, "No space left"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr("trainer.hub_export.fits", fail)
+        with pytest.raises(wanted, match="out: No space left" if wanted is UserError else None):
+            export(runs / "plain", tmp_path / "new" / "out")
+        assert not list((tmp_path / "new").iterdir())
 
 
 def test_an_export_holds_one_tensor_at_a_time(runs, tmp_path, monkeypatch):
@@ -285,7 +290,7 @@ def test_a_run_begins_with_the_weights_of_another(runs, corpus_dir, tmp_path, ca
     [
         (["model.dim=8"], "another model (model.dim is 16 there, 8 here"),
         (["model.n_experts=6"], "another model (model.n_experts is 5 there, 6 here)"),
-        (["train.init_from=nowhere"], "train.init_from=nowhere: "),
+        (["train.init_from=nowhere"], "train.init_from=nowhere: no such folder; give a run folder"),
     ],
 )
 def test_another_model_is_refused_by_its_settings(runs, corpus_dir, tmp_path, words, message):

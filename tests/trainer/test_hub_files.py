@@ -190,7 +190,7 @@ def test_published_spellings_of_the_config_are_read():
             "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
             "num_local_experts": 16, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "use_qk_norm": True,
             "rope_scaling": {
-                "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
                 "original_max_position_embeddings": 8192, "rope_type": "llama3",
             },
             "vocab_size": 202048,
@@ -200,7 +200,7 @@ def test_published_spellings_of_the_config_are_read():
     total, active = config.parameter_counts(vocab_size)
     assert round(total / 1e9, 1) == 107.8 and round(active / 1e9, 1) == 17.2
     assert config.nope_every == 4 and config.moe_layers == list(range(48)) and config.temperature_tuning
-    assert config.rope_scaling == RopeScaling()
+    assert config.rope_scaling == RopeScaling(factor=16, high_freq_factor=1)
 
 
 @pytest.mark.parametrize("keys", [{}, {"moe_every": 0}, {"nope_every": 0, "rope_scaling": RopeScaling(factor=3)}])

@@ -27,7 +27,8 @@ from model.segments import Groups, Past, segmented
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Radians per position of each of the head_dim / 2 pairs, fp32 (RoFormer, arXiv:2104.09864, eq. 15)."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    # not theta ** -x: its last bit is another than that of published models, and far positions magnify it
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if scaling is None:
         return frequency
     wavelength = 2 * torch.pi / frequency

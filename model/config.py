@@ -53,6 +53,9 @@ class ModelConfig(BaseModel):
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights; equal only on the same mesh")
     noisy_top_k: bool = Field(False, description="learned noise on the router's logits in training (one more matrix)")
     balance_rate: float = Field(0.001, ge=0, description="step of the router's balance bias; 0: no balancing")
+    balance_until: float | None = Field(
+        None, ge=0, lt=1, description="share of the steps after which the bias fades, to zero at the last; null: never"
+    )
     aux_loss_weight: float = Field(
         0.0, ge=0, description="of each layer's auxiliary balance loss over the global batch; costs one more forward"
     )

@@ -72,7 +72,8 @@ class Router(nn.Module):
         logits = F.linear(x, self.weight.to(wide))  # (T, E)
         if noise is not None and self.noise is not None:
             logits = logits + noise.to(wide) * F.softplus(F.linear(x, self.noise.to(wide)))
-        experts = torch.topk(logits.detach().sigmoid() + self.bias, self.top_k, dim=-1).indices
+        # sigmoid(x) - 1 in the place of sigmoid(x), which is 1 for every logit above 17, as if they were alike
+        experts = torch.topk(self.bias - (-logits.detach()).sigmoid(), self.top_k, dim=-1).indices
         scores = logits.gather(1, experts).sigmoid()
         n_experts = self.weight.shape[0]
         experts = experts.masked_fill(~real[:, None], n_experts)

@@ -60,7 +60,7 @@ def build(
         if isinstance(module, Experts):
             for weight in module.parameters():
                 local(weight).zero_()  # dead slots stay so
-    model.init_weights(seed, lambda name, parameter: _window(logical(model, name, parameter)))
+    model.init_weights(seed, lambda name, parameter: window(logical(model, name, parameter)))
     return model
 
 
@@ -109,7 +109,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _window(tensor: Tensor) -> tuple[Tensor, Window]:
+def window(tensor: Tensor) -> tuple[Tensor, Window]:
     """This rank's part of a tensor, and its window in the whole."""
     part = local(tensor)
     if not isinstance(tensor, DTensor):

@@ -58,6 +58,9 @@ class TrainConfig(Section):
     )
     liger: bool = Field(False, description="the loss by Liger's kernels on CUDA; elsewhere the built-in one")
     max_skipped: Positive = Field(10, description="stop after this many steps in a row without a finite gradient")
+    init_from: str | None = Field(
+        None, description="begin with the weights of a checkpoint, a run, or a folder in the Hugging Face layout"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

@@ -26,6 +26,7 @@ from trainer.config import Config
 from trainer.evaluate import describe, evaluate
 from trainer.faults import RankFailed, StopFlag, Stopped, clear_mark, leave_mark, memory_error, sibling_gone
 from trainer.generate import Sampling, text_of
+from trainer.hub_import import beginning
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
 from trainer.saver import Saver
@@ -105,6 +106,9 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
             hint = "set run.name= for another run, train.steps= to go on"
             print(f"{config.run.folder}: finished at step {found.step}; {hint}")
         return 0
+    weights = None
+    if found is None and config.train.init_from is not None:
+        weights = beginning(config.train.init_from, config.model, tokenizer.vocab_size)
     watch.mark("building the model")
     report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
     at_end.callback(report.close)
@@ -115,7 +119,7 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
         report, watch.stop, watch=watch,
     )  # fmt: skip
     watch.mark("loading the checkpoint")
-    begin(run, found, passed_over, threads)
+    begin(run, found, passed_over, threads, weights)
     saver = make_saver(run, lock)
     at_end.callback(saver.close)
     saver.newest = run.step

@@ -21,6 +21,8 @@ from trainer import checkpoint, machine
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.faults import Spikes, StopFlag
+from trainer.hub_import import Beginning
+from trainer.hub_names import OF_TRAINING
 from trainer.lock import Lock, sees
 from trainer.metrics import Reporter
 from trainer.optimizer import LossScale, learning_rate
@@ -127,7 +129,9 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
             raise UserError(checkpoint.none_usable(folder / "checkpoints", why))
         return None, []
     manifest = found.manifest
-    if other := [d for d in changes(manifest["config"], config) if d.startswith("model.")]:
+    trained = {f"model.{key}" for key in OF_TRAINING}
+    differences = (d for d in changes(manifest["config"], config) if d.startswith("model."))
+    if other := [d for d in differences if d.partition(":")[0] not in trained]:
         raise UserError(f"{folder}: made with another model ({'; '.join(other)}); choose another run.name=")
     if manifest["tokenizer"] != tokenizer.hash:
         size = f"vocabulary {manifest['vocab_size']} -> {tokenizer.vocab_size}"
@@ -183,8 +187,10 @@ def build(config: Config, world: World, device: torch.device, vocab_size: int) -
     return model, dtype
 
 
-def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: int) -> None:
-    """Load the checkpoint or start a fresh run folder, and say which. Makes the run ready to save."""
+def begin(
+    run: Run, found: Checkpoint | None, passed_over: list[str], threads: int, weights: Beginning | None
+) -> None:
+    """Load the checkpoint, or start a fresh run folder (with the `weights` of another), and say which."""
     config, folder = run.config, run.folder
     notes: list[str] = []
     if found is not None:
@@ -194,6 +200,9 @@ def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: i
         run.step, run.tokens = found.step, found.manifest["tokens"]
         run.skipped = found.manifest["skipped"]
         run.scale = LossScale(**found.manifest["loss_scale"])
+    elif weights is not None:
+        weights.fill(run.model)
+        notes = weights.notes
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump(config.sections()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch, Step
+from model.config import ModelConfig
 from model.moe import Router
 from model.random import place_seed, sequence_keys
 from model.transformer import Output, Transformer
@@ -56,7 +57,10 @@ def train_step(run: Run, batch: Step) -> StepResult:
         if run.saver is not None:
             run.saver.before_change()
         run.optimizer.step()
-        move_biases(model, total_loads, run.config.model.balance_rate)
+        if run.step < fading_from(run.config.model, run.steps):
+            move_biases(model, total_loads, run.config.model.balance_rate)
+        else:
+            fade_biases(model, run.step, run.steps)
     elif run.scale.can_fall and math.isfinite(mean_loss):
         run.report.event(run.step + 1, "loss scale", was=run.scale.value)  # looking for the largest is no fault
     else:
@@ -139,6 +143,19 @@ def move_biases(model: Transformer, loads: Tensor, rate: float) -> None:
     for router, load in zip(routers, loads, strict=True):
         direction = torch.sign(load.sum() - load * len(load))
         router.bias += rate * direction.to(router.bias)
+
+
+def fading_from(config: ModelConfig, steps: int) -> int:
+    """The first step (from 0) that moves the biases towards zero instead of balancing, of a run of `steps`."""
+    return steps if config.balance_until is None else int(config.balance_until * steps)
+
+
+@torch.no_grad()
+def fade_biases(model: Transformer, step: int, steps: int) -> None:
+    """Straight towards zero, where the biases are after the last step; `step` (from 0) of `steps`."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.bias *= (steps - step - 1) / (steps - step)
 
 
 def expert_fields(run: Run, loads: Tensor, statistics: Tensor, real_tokens: int) -> dict[str, Any]:

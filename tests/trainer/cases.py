@@ -57,6 +57,22 @@ def deterministic_run(corpus: str, runs: str, more: list[str]) -> tuple[bool, st
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
+def begun(places: list[str], run: str, expert: int) -> list[str]:
+    """Digests of models on these processes that begin with the weights of folders or checkpoints."""
+    from trainer.evaluate import load_model
+    from trainer.hub_import import beginning
+
+    world, cpu = World.from_environment(), torch.device("cpu")
+    _, tokenizer, c = load_model(Path(run))
+    layout = mesh.make_mesh(mesh.degrees(world, c.model, 1, "auto", expert), cpu)
+    done = []
+    for place in places:
+        model = fsdp.build(c.model, tokenizer.vocab_size, 5, cpu, torch.float32, layout)
+        beginning(place, c.model, tokenizer.vocab_size).fill(model)
+        done.append(digest(model))
+    return done
+
+
 def losses(folder: Path) -> list[float]:
     """Training losses of a run by step, which must count up from 1."""
     lines = [x for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
@@ -69,6 +85,20 @@ def last_digest(folder: Path) -> str:
     from trainer.evaluate import load_model
 
     return digest(load_model(complete(folder / "checkpoints")[-1])[0])
+
+
+def fresh(corpus: Path, *more: str) -> Run:
+    """A run before its first step, in this process, without a folder."""
+    world, cpu = World(), torch.device("cpu")
+    c = config(corpus, Path("none"), *more)
+    opened, tokenizer, loader, steps = open_corpus(c, world, cpu)
+    model = fsdp.build(c.model, tokenizer.vocab_size, c.train.seed, cpu, torch.float32, None)
+    quiet = Reporter(Path("none"), c.log, "none", False)
+    model.train()
+    return Run(
+        c, world, cpu, torch.float32, opened, tokenizer, loader, steps, model, make_optimizer(model, c.train),
+        degrees(c, world), LossScale.of(torch.float32), quiet, StopFlag(),
+    )  # fmt: skip
 
 
 Steps = tuple[list[dict[str, Any]], dict[str, np.ndarray], float]

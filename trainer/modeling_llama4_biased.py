@@ -1,0 +1,58 @@
+"""Llama 4 for what its plain class has no place for: a balance bias that takes part in the choice of experts, experts
+without a shared one beside them, and the noise matrices of noisy top-k gating, which act in training only.
+
+A copy of this file lies in exports that need it; transformers loads it with trust_remote_code=True.
+"""
+
+import torch
+from torch import nn
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+
+class Llama4BiasedConfig(Llama4TextConfig):
+    model_type = "llama4_text_biased"
+    shared_expert: bool = True
+    noisy_top_k: bool = False
+
+
+class BiasedRouter(nn.Module):
+    """Chooses by sigmoid(logit) + bias, in fp32 as in training; the scores are the sigmoids alone."""
+
+    balance_bias: torch.Tensor
+
+    def __init__(self, config: Llama4BiasedConfig) -> None:
+        super().__init__()
+        n_experts, dim = config.num_local_experts, config.hidden_size
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
+        self.noise = nn.Parameter(torch.empty(n_experts, dim)) if config.noisy_top_k else None
+        self.register_buffer("balance_bias", torch.zeros(n_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, D) -> scores (T, E), zero for experts that were not chosen, and logits (T, E)."""
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        logits = nn.functional.linear(hidden_states.to(wide), self.weight.to(wide))
+        # sigmoid(x) - 1 in the place of sigmoid(x), which is 1 for every large logit
+        chosen = torch.topk(self.balance_bias - torch.sigmoid(-logits), self.top_k, dim=-1).indices
+        scores = torch.zeros_like(logits).scatter(1, chosen, logits.gather(1, chosen).sigmoid())
+        return scores.to(hidden_states.dtype), logits.to(hidden_states.dtype)
+
+
+class NoExpert(nn.Module):
+    """Stands where Llama 4 has its shared expert."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class Llama4BiasedForCausalLM(Llama4ForCausalLM):
+    config_class = Llama4BiasedConfig
+    _keep_in_fp32_modules_strict = ["balance_bias"]
+
+    def __init__(self, config: Llama4BiasedConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            if layer.is_moe_layer:
+                layer.feed_forward.router = BiasedRouter(config)
+                if not config.shared_expert:
+                    layer.feed_forward.shared_expert = NoExpert()

@@ -89,8 +89,8 @@ def loop(run: Run) -> None:
                 "step_seconds": seconds, "data_seconds": waited,
             },
         )  # fmt: skip
-        if result.written:
-            run.saver.finish()
+        if result.ready:
+            run.saver.advance()
         if run.skipped >= config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={config.train.max_skipped}: so many steps in a row had no finite gradient; "

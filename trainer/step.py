@@ -25,7 +25,7 @@ from trainer.start import Run
 class StepResult:
     fields: dict[str, Any]  # for metrics.jsonl
     stop: bool  # some rank was asked to stop
-    written: bool  # all ranks have written the checkpoint that is under way
+    ready: bool  # on all ranks the checkpoint that is under way can be taken a step on
 
 
 def train_step(run: Run, batch: Step) -> StepResult:
@@ -34,8 +34,8 @@ def train_step(run: Run, batch: Step) -> StepResult:
     loss, loads, statistics = backward(run, batch)
     parts = gradients.local_gradients(model)
     square = gradients.sum_of_squares(parts, run.config.parallel.replicate)
-    said = torch.tensor([float(run.stop.asked), float(run.saver is not None and run.saver.written)], device=run.device)
-    total_square, total_loss, total_loads, total_statistics, (stops, written) = gradients.sum_over_ranks(
+    said = torch.tensor([float(run.stop.asked), float(run.saver is not None and run.saver.ready)], device=run.device)
+    total_square, total_loss, total_loads, total_statistics, (stops, ready) = gradients.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
     norm, mean_loss = math.sqrt(float(total_square)) / run.scale.value, float(total_loss)
@@ -64,7 +64,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     fields = {"loss": mean_loss, "lr": rate, "grad_norm": norm}
     if len(total_loads):
         fields |= expert_fields(run, total_loads, total_statistics, batch.real_tokens)
-    return StepResult(fields, float(stops) > 0, int(written) == run.world.size)
+    return StepResult(fields, float(stops) > 0, int(ready) == run.world.size)
 
 
 def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,13 +9,16 @@ import mmap
 import os
 import threading
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BLOCK = 1 << 24  # bytes of a checksum, and of a request to the file system
-THREADS = 2  # that move bytes: one waits for the disk while the other computes
 PAGE = 4096  # what goes past the page cache begins and ends at its multiples
 
 Record = dict[str, Any]  # of a file: its size, and the crc32 of each block
@@ -51,61 +54,106 @@ def whole_pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-class Threads:
-    """`with Threads(n) as run`: run(call, items) is `list(map(call, items))` by n threads, or by this one alone."""
+class Batch:
+    """Calls on items, in order, that any number of threads do together; each of them by `finish`."""
 
-    def __init__(self, threads: int = THREADS) -> None:
-        self._pool = ThreadPoolExecutor(threads, "blocks") if threads > 1 else None
+    def __init__(self, call: Callable[..., Any], *items: Iterable[Any]) -> None:
+        self._call = call
+        self._left = deque(enumerate(zip(*items, strict=True)))
+        self._results: list[Any] = [None] * len(self._left)
+        self._in_hand = 0
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
 
-    def __enter__(self) -> Callable[..., list[Any]]:
-        run = map if self._pool is None else self._pool.map
-        return lambda call, *items: list(run(call, *items))
+    def finish(self) -> list[Any]:
+        """Do what no thread has begun, wait for what others have in hand. Results, or the first error raised."""
+        while True:
+            with self._changed:
+                if not self._left:
+                    self._changed.wait_for(lambda: not self._in_hand)
+                    if self._error is not None:
+                        raise self._error
+                    return self._results
+                number, item = self._left.popleft()
+                self._in_hand += 1
+            try:
+                self._results[number] = self._call(*item)
+            except Exception as error:
+                self._error = self._error or error
+                self._left.clear()
+            finally:
+                with self._changed:
+                    self._in_hand -= 1
+                    self._changed.notify_all()
 
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+
+class Crew:
+    """Runs batches one after the other, and lets other threads lend a hand with the present one."""
+
+    _batch: Batch | None = None
+    _given_up = False
+
+    def run(self, call: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
+        """`list(map(call, *items))`, or after `give_up` soon an OSError."""
+
+        def one(*item: Any) -> Any:
+            if self._given_up:
+                raise InterruptedError("given up")
+            return call(*item)
+
+        self._batch = Batch(one, *items)
+        return self._batch.finish()
+
+    def give_up(self) -> None:
+        self._given_up = True
+
+    def lend(self, until: Future[Any]) -> None:
+        """Work along until `until` is done."""
+        while not until.done():
+            if self._batch is not None:
+                with suppress(Exception):  # whoever runs the batch hears of it
+                    self._batch.finish()
+            wait([until], timeout=0.01)  # between two batches
 
 
-def write(
-    path: Path,
-    size: int,
-    block: Callable[[int], memoryview],
-    threads: int = THREADS,
-    given_up: threading.Event | None = None,
-) -> Record:
-    """Write a file of `size` bytes, flush it, read it back, and return its record.
+def write(path: Path, size: int, block: Callable[[int], memoryview], crew: Crew | None = None) -> Record:
+    """Write a file of `size` bytes, flush it, read it back, compare, and return its record.
 
-    `block(start)` gives the bytes from there on, up to BLOCK of them, and as many more as fill a page. Raises OSError,
-    as for a full disk; Damaged when other bytes come back, or soon after `given_up` is set.
+    `block(start)` gives the bytes from there on, up to BLOCK of them, and as many more as fill a page; it is asked
+    twice for each. Raises OSError, as for a full disk, and Damaged when other bytes come back.
     """
-    starts = range(0, size, BLOCK)
-    buffers = Buffers()
+    crew, starts, buffers = crew or Crew(), range(0, size, BLOCK), Buffers()
     handle, direct = _open_new(path, size)
 
     def put(start: int) -> int:
-        if given_up is not None and given_up.is_set():
-            raise Damaged(f"{path.name}: given up")
-        content, end = block(start), min(BLOCK, size - start)
-        left = content if direct else content[:end]
-        while left:
-            left = left[os.pwrite(handle, left, start + len(content) - len(left)) :]
+        content, end, done = block(start), min(BLOCK, size - start), 0
+        while done < end:  # past the page cache whole pages only
+            done += os.pwrite(handle, content[done : whole_pages(end) if direct else end], start + done)
         return zlib.crc32(content[:end])
 
-    def check(start: int, wanted: int) -> None:
-        if zlib.crc32(_fill(handle, buffers.get(), min(BLOCK, size - start), start, direct)) != wanted:
+    def check(start: int) -> None:
+        end = min(BLOCK, size - start)
+        back = _fill(handle, buffers.get(), end, start, direct)
+        if not _same(back, block(start)[:end]):
             raise Damaged(f"{path.name}: the disk gives back other bytes at {start:,}")
 
     try:
-        with Threads(threads) as run:
-            checksums = run(put, starts)
-            os.ftruncate(handle, size)
-            os.fsync(handle)
-            if not direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            run(check, starts, checksums)
+        checksums = crew.run(put, starts)
+        os.ftruncate(handle, size)
+        os.fsync(handle)
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        crew.run(check, starts)
     finally:
         os.close(handle)
     return {"size": size, "crc32": checksums}
+
+
+def _same(a: memoryview, b: memoryview) -> bool:
+    words = len(a) // 8 * 8  # at a time, which leaves numpy's answers an eighth of the bytes
+    return np.array_equal(np.frombuffer(a[:words], np.int64), np.frombuffer(b[:words], np.int64)) and (
+        bytes(a[words:]) == bytes(b[words:])
+    )
 
 
 def _open_new(path: Path, size: int) -> tuple[int, bool]:
@@ -142,7 +190,7 @@ def write_small(path: Path, content: bytes) -> Record:
     """`write` for bytes in hand."""
     memory = pages(len(content))
     memory[: len(content)] = content
-    return write(path, len(content), lambda start: memoryview(memory)[start : start + BLOCK], threads=1)
+    return write(path, len(content), lambda start: memoryview(memory)[start : start + BLOCK])
 
 
 def check_file(path: Path, record: Record) -> None:

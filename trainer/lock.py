@@ -126,10 +126,10 @@ def read(path: Path) -> dict[str, str | int]:
         return {}
 
 
-def sees(folder: Path, lock_id: str, patience: float = 10.0) -> bool:
-    """Whether the lock of this id can be read here: whether this rank's folder is rank 0's."""
+def sees(folder: Path, lock_id: str, patience: float) -> bool:
+    """Whether a lock with this id can be read here, soon: whether the folder is the same as rank 0's."""
     end = time.monotonic() + patience
-    while read(folder / NAME).get("id") != lock_id:  # a network's file system may show it a moment later
+    while read(folder / NAME).get("id") != lock_id:
         if time.monotonic() > end:
             return False
         time.sleep(0.2)

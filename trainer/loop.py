@@ -170,8 +170,8 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
                 "step_seconds": seconds, "data_seconds": waited,
             },
         )  # fmt: skip
-        if result.written:
-            saver.finish()
+        if result.ready:
+            saver.advance()
         if run.skipped >= config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={config.train.max_skipped}: so many steps in a row had no finite gradient; "

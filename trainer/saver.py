@@ -1,8 +1,9 @@
 """Saves of a run: one at a time, at once or in the background, and published when all ranks have written.
 
 `save` writes and publishes while everyone waits; or, with `checkpoint.async_save`, stages a copy and returns. Then a
-thread of low priority writes it, each step's message counts the ranks that are done, and when all are, `finish` gives
-the checkpoint its name. A save that fails on any rank is dropped on all: the run goes on, the one before stays.
+thread of low priority writes it, and each step's message counts the ranks that are done: when all have written, rank 0
+publishes, and when it has, all know. A save that fails on any rank is dropped on all: the run goes on, the checkpoint
+before stays.
 """
 
 import os
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ class Save:
     step: int
     fields: Mapping[str, Any]
     partial: Path
-    files: Future[dict[str, Record]]
+    files: Future[dict[str, Record]]  # that this rank writes
     began: float
+    published: Future[None] | None = None  # by rank 0, once all have written
 
 
 class Saver:
@@ -64,25 +67,18 @@ class Saver:
         self.pending: Save | None = None
         self.newest: int | None = None  # the step of the last that was published
         self.failed = False  # the last save
-        self._given_up = threading.Event()
+        self._crew = blocks.Crew()
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority if config.async_save else None)
 
     def save(self, step: int, fields: Mapping[str, Any], wait: bool = False) -> None:
         """Save the tensors as they are now; `fields` go into the manifest. In the background if it may."""
         self.finish()
-        partial = self.folder / f".partial-step-{step:08d}-{self.mark}"
-        began = time.perf_counter()
-        if self.image is not None and not wait:
-            self.image.begin()
-            files = self._thread.submit(self._write, partial, self.image)
-        else:
-            files = Future()
-            try:
-                files.set_result(self._write(partial, None))
-            except Exception as error:  # the others must hear of it
-                files.set_exception(error)
-        self.pending = Save(step, fields, partial, files, began)
-        if self.image is None or wait:
+        partial, began = self.folder / f".partial-step-{step:08d}-{self.mark}", time.perf_counter()
+        image = None if wait else self.image
+        if image is not None:
+            image.begin()
+        self.pending = Save(step, fields, partial, self._thread.submit(self._write, partial, image), began)
+        if image is None:
             self.finish()
 
     def _write(self, partial: Path, image: storage.Image | None) -> dict[str, Record]:
@@ -91,9 +87,8 @@ class Saver:
             image.help()
         partial.mkdir(parents=True, exist_ok=True)
         if self.plan.begins:
-            name, source = storage.file_name(self.rank), image or self.source
-            threads = 1 if image is not None else blocks.THREADS
-            files[name] = blocks.write(partial / name, self.plan.size, source.block, threads, self._given_up)
+            path, source = partial / storage.file_name(self.rank), image or self.source
+            files[path.name] = blocks.write(path, self.plan.size, source.block, self._crew)
         if self.rank == 0:
             files[TOKENIZER] = blocks.write_small(partial / TOKENIZER, self.tokenizer.read_bytes())
         return files
@@ -104,34 +99,28 @@ class Saver:
             self.image.end()
 
     @property
-    def written(self) -> bool:
-        """Whether this rank has written what is pending, or failed to."""
-        return self.pending is not None and self.pending.files.done()
+    def ready(self) -> bool:
+        """Whether this rank need not wait in `advance`."""
+        return self.pending is not None and (self.pending.published or self.pending.files).done()
 
     def finish(self) -> None:
-        """Wait until all ranks have written what is pending, then publish it, or drop it. Raises Lost."""
-        if self.pending is None:
+        """Publish what is pending, or drop it if it failed on any rank; waits for it. Raises Lost."""
+        while self.pending is not None:
+            self.advance()
+
+    def advance(self) -> None:
+        """From written to being published, or from that to known by all. Waits for all ranks to be ready."""
+        save = self.pending
+        assert save is not None
+        if save.published is None:
+            self._crew.lend(save.files)
+            error = save.files.exception()
+            everyone = mesh.gather(({}, _reason(error)) if error else (save.files.result(), None), self.group)
+            save.published = self._thread.submit(self._publish, save, everyone)
             return
-        save, self.pending = self.pending, None
-        files, why = {}, None
-        try:
-            files = save.files.result()
-        except Exception as error:
-            why = _reason(error)
-        everyone = mesh.gather((files, why), self.group)
-        lost = False
-        if self.rank == 0:
-            why = next((why for _, why in everyone if why), None)
-            try:
-                if why is None:
-                    self._publish(save, {name: record for files, _ in everyone for name, record in files.items()})
-            except Lost as error:
-                why, lost = str(error), True
-            except (OSError, Damaged) as error:
-                why = _reason(error)
-            if why is not None:
-                shutil.rmtree(save.partial, ignore_errors=True)
-        why, lost = mesh.agree((why, lost), self.group)
+        self.pending = None
+        error = save.published.exception()
+        why, lost = mesh.agree((_reason(error) if error else None, isinstance(error, Lost)), self.group)
         if lost:
             raise Lost(why)
         self.failed = why is not None
@@ -139,26 +128,37 @@ class Saver:
             self.newest = save.step
         self.tell(save.step, time.perf_counter() - save.began, why)
 
-    def _publish(self, save: Save, files: dict[str, Record]) -> None:
-        manifest = {"format": checkpoint.FORMAT, "step": save.step, **save.fields, "files": files}
-        checkpoint.write_manifest(save.partial, {**manifest, "tensors": self.plan.table})
-        if self.lock is not None:
-            self.lock.check()
-        checkpoint.publish(save.partial, self.folder / f"step-{save.step:08d}")
+    def _publish(self, save: Save, everyone: list[tuple[dict[str, Record], str | None]]) -> None:
+        """Name what all ranks have written, or remove it. Raises what went wrong; rank 0 alone has something to do."""
+        if self.rank != 0:
+            return
+        try:
+            if why := next((why for _, why in everyone if why), None):
+                raise Damaged(why)
+            files = {name: record for files, _ in everyone for name, record in files.items()}
+            manifest = {"format": checkpoint.FORMAT, "step": save.step, **save.fields, "files": files}
+            checkpoint.write_manifest(save.partial, {**manifest, "tensors": self.plan.table})
+            if self.lock is not None:
+                self.lock.check()
+            checkpoint.publish(save.partial, self.folder / f"step-{save.step:08d}")
+        except Exception:
+            shutil.rmtree(save.partial, ignore_errors=True)
+            raise
         # removing gigabytes takes a while
         self._thread.submit(checkpoint.prune, self.folder, save.step, self.config.keep, self.config.keep_every)
 
     def close(self) -> None:
         """Give up what is still being written."""
-        self._given_up.set()
+        self._crew.give_up()
         self._thread.shutdown()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def _lower_priority() -> None:
     """The writer takes the time that training leaves."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -29,6 +29,8 @@ from trainer.optimizer import LossScale, learning_rate
 from trainer.saver import Saver
 from trainer.watch import Watch
 
+PATIENCE = 10.0  # seconds that a shared file system may take to show a file of another host
+
 
 @dataclass
 class Run:
@@ -107,9 +109,9 @@ def take_folder(config: Config, world: World) -> Lock | None:
             why = str(error)
     lock_id, why = mesh.agree((lock and lock.id, why))
     if why is None:
-        blind = mesh.agree([where for where in mesh.gather("" if sees(folder, lock_id) else gethostname()) if where])
-        if blind:
-            why = f"{folder}: {blind[0]} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
+        blind = mesh.gather(None if sees(folder, lock_id, PATIENCE) else gethostname())
+        if host := mesh.agree(next(filter(None, blind), None)):
+            why = f"{folder}: {host} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
     if why is not None:
         if lock is not None:
             lock.release()

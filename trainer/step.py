@@ -28,7 +28,7 @@ class StepResult:
     fields: dict[str, Any]  # for metrics.jsonl
     stop: bool  # some rank was asked to stop
     requeue: bool  # and by its cluster
-    written: bool  # all ranks have written the checkpoint that is under way
+    ready: bool  # on all ranks the checkpoint that is under way can be taken a step on
 
 
 def train_step(run: Run, batch: Step) -> StepResult:
@@ -38,9 +38,9 @@ def train_step(run: Run, batch: Step) -> StepResult:
     parts = gradients.local_gradients(model)
     square = gradients.sum_of_squares(parts, run.config.parallel.replicate)
     run.watch.mark("the step's message")
-    written_here = run.saver is not None and run.saver.written
-    said = torch.tensor([run.stop.asked, run.stop.requeue, written_here], device=run.device)
-    total_square, total_loss, total_loads, total_statistics, (stops, requeues, written) = gradients.sum_over_ranks(
+    ready_here = run.saver is not None and run.saver.ready
+    said = torch.tensor([run.stop.asked, run.stop.requeue, ready_here], device=run.device)
+    total_square, total_loss, total_loads, total_statistics, (stops, requeues, ready) = gradients.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
     run.watch.mark("optimizer")
@@ -74,7 +74,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     fields = {"loss": mean_loss, "lr": rate, "grad_norm": norm}
     if len(total_loads):
         fields |= expert_fields(run, total_loads, total_statistics, batch.real_tokens)
-    return StepResult(fields, float(stops) > 0, float(requeues) > 0, int(written) == run.world.size)
+    return StepResult(fields, float(stops) > 0, float(requeues) > 0, int(ready) == run.world.size)
 
 
 def report_spike(run: Run, loss: float) -> None:

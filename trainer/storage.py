@@ -8,10 +8,9 @@ own, so that what any mesh wrote any other can read; `blocks.py` moves the bytes
 """
 
 import json
-import threading
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 from parallel import mesh
 from parallel.fsdp import local
 from trainer import blocks
-from trainer.blocks import BLOCK, Buffers, Damaged, Record, Threads
+from trainer.blocks import BLOCK, Batch, Buffers, Damaged, Record
 
 WINDOW = 8  # blocks that are read at once
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -117,44 +116,41 @@ class Source:
         self.device = self._parts[-1].device
         self._buffers = Buffers()
 
-    def copy(self, start: int, out: Tensor, copy: Callable[[Tensor, Tensor], Any]) -> None:
-        """Bytes from `start` on into `out`, piece by piece by `copy(to, from)`; what is beyond the end stays."""
+    def copy(self, start: int, out: Tensor) -> None:
+        """Bytes from `start` on into `out`; what is beyond the end stays."""
         stop, at = min(start + len(out), self.size), start
         number = bisect_right(self._begins, start) - 1
         while at < stop:
             begin, part = self._begins[number], self._parts[number]
             until = min(stop, begin + len(part))
-            copy(out[at - start : until - start], part[at - begin : until - begin])
+            to, part = out[at - start : until - start], part[at - begin : until - begin]
+            if self.device.type == "cpu" or number == 0:  # torch would start a team of threads for each that copies
+                np.copyto(to.numpy(), part.numpy())
+            else:
+                to.copy_(part, non_blocking=True)
             at, number = until, number + 1
 
     def block(self, start: int) -> memoryview:
         """A block, in a buffer of the thread that asks, until it asks again."""
         buffer = self._buffers.get()
-        self.copy(start, torch.frombuffer(buffer, dtype=torch.uint8), copy_alone)
+        self.copy(start, torch.frombuffer(buffer, dtype=torch.uint8))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         return memoryview(buffer)[: blocks.whole_pages(min(BLOCK, self.size - start))]
-
-
-def copy_alone(to: Tensor, part: Tensor) -> None:
-    """A copy by one thread: torch would start a team for each of ours."""
-    if part.device.type == "cpu":
-        np.copyto(to.numpy(), part.numpy())
-    else:
-        to.copy_(part)
 
 
 class Image:
     """A staged copy of a source, in memory that serves every save; its pages are touched here, and locked for CUDA.
 
     After `begin` nothing may change a tensor until `end`. What does not, a forward and a backward, can run between
-    them, and meanwhile the writer's thread copies, in `help`; `end` does what is left.
+    them, and meanwhile the writer's thread copies, by `help`; `end` copies what is left.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._memory = blocks.pages(source.size)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).zero_()
-        self._left: deque[int] = deque()  # blocks that nobody has taken yet
-        self._in_hand = threading.Lock(), threading.Lock()  # of the main thread, of the writer's
+        self._copies = Batch(self._copy)
         self._stream = None
         if source.device.type == "cuda":
             torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), len(self._bytes), 0)
@@ -162,35 +158,27 @@ class Image:
 
     def begin(self) -> None:
         if self._stream is None:
-            self._left.extend(range(0, self.source.size, BLOCK))
+            self._copies = Batch(self._copy, range(0, self.source.size, BLOCK))
         else:  # behind the kernels that are under way
             self._stream.wait_stream(torch.cuda.current_stream(self.source.device))
             with torch.cuda.stream(self._stream):
-                self.source.copy(0, self._bytes, lambda to, part: to.copy_(part, non_blocking=True))
+                self.source.copy(0, self._bytes)
 
     def help(self) -> None:
         """Returns when all is copied."""
         if self._stream is None:
-            self._copy(copy_alone, *self._in_hand[::-1])
+            self._copies.finish()
         else:
             self._stream.synchronize()
 
     def end(self) -> None:
         if self._stream is None:
-            self._copy(lambda to, part: to.copy_(part), *self._in_hand)
+            self._copies.finish()
         else:
             torch.cuda.current_stream(self.source.device).wait_stream(self._stream)
 
-    def _copy(self, copy: Callable[[Tensor, Tensor], Any], mine: threading.Lock, others: threading.Lock) -> None:
-        while True:
-            with mine:
-                try:
-                    start = self._left.popleft()
-                except IndexError:
-                    break
-                self.source.copy(start, self._bytes[start : start + BLOCK], copy)
-        with others:  # what the other thread has in hand
-            pass
+    def _copy(self, start: int) -> None:
+        self.source.copy(start, self._bytes[start : start + BLOCK])
 
     def block(self, start: int) -> memoryview:
         return memoryview(self._memory)[start : start + BLOCK]
@@ -230,8 +218,10 @@ def read(folder: Path, files: Mapping[str, Record], table: Table, tensors: Mappi
             part = content[slab.first - first * BLOCK : slab.stop - first * BLOCK].view(slab.dtype)
             slab.to.copy_(part.as_strided(slab.to.shape, slab.strides))
 
-    with Threads() as run:
-        run(fill, jobs)
+    batch = Batch(fill, jobs)
+    with ThreadPoolExecutor(1) as helper:
+        helper.submit(batch.finish)
+        batch.finish()
 
 
 def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Slab]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import around, experts, training
+from tests.bench import around, checkpoint, experts, training
 from tests.bench.harness import HEAD
 
 PARTS = {
@@ -20,6 +20,7 @@ PARTS = {
     "loader": around.loader,
     "encoding": around.encoding,
     "start": around.start,
+    "checkpoint": checkpoint.measure,
 }
 
 

@@ -1,22 +1,32 @@
 """Runs of seconds for the pool's processes, and for this one."""
 
+import hashlib
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from data.config import UserError
+from model.config import ModelConfig
 from model.moe import Router
+from model.transformer import Transformer
 from parallel import fsdp, mesh
 from parallel.mesh import World
+from trainer import checkpoint, start
 from trainer.checkpoint import complete, digest, tensors
-from trainer.config import Config, read_config
+from trainer.config import CheckpointConfig, Config, TrainConfig, read_config
 from trainer.faults import StopFlag
 from trainer.loop import train
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
+from trainer.saver import Saver
 from trainer.start import Run, degrees, open_corpus
 from trainer.step import train_step
 
@@ -153,3 +163,123 @@ def many_steps(corpus: str, cases: list[tuple[str, list[str]]]) -> list[Steps]:
     """`steps` for each (dtype, more) of a list; only rank 0 sends the weights back."""
     done = [steps(corpus, dtype, more) for dtype, more in cases]
     return done if World.from_environment().rank == 0 else [(told, {}, gap) for told, _, gap in done]
+
+
+def limited(corpus: str, runs: str, more: list[str]) -> int:
+    """A run whose rank 1 may write files of 50,000 bytes only."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if World.from_environment().rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        return run(Path(corpus), Path(runs), *more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+MESHED = ModelConfig(dim=24, n_layers=2, n_heads=2, expert_dim=12, n_experts=31, moe_every=2, max_seq_len=32)
+
+
+def meshed(replicate: int, expert: int) -> tuple[Transformer, torch.optim.Optimizer]:
+    """A model on this mesh, each expert and block a unit of its own, and an optimizer with a state."""
+    world, cpu = World.from_environment(), torch.device("cpu")
+    layout = mesh.make_mesh(mesh.degrees(world, MESHED, replicate, "auto", expert), cpu)
+    with mock.patch.object(fsdp, "SMALL", 0):
+        model = fsdp.build(MESHED, 40, 0, cpu, torch.float32, layout)
+    return model, make_optimizer(model, TrainConfig(steps=1))
+
+
+def everything(model: Transformer, optimizer: torch.optim.Optimizer) -> str:
+    """sha256 of weights, biases and the optimizer's state."""
+    total = hashlib.sha256()
+    for name, t in sorted(tensors(model, optimizer).items()):
+        total.update(name.encode() + (t.full_tensor() if isinstance(t, DTensor) else t).numpy().tobytes())
+    return total.hexdigest()
+
+
+@torch.no_grad()
+def save_random(folder: str, beside: bool, replicate: int, expert: int) -> str:
+    """A checkpoint of numbers that differ everywhere, the same on any mesh."""
+    model, optimizer = meshed(replicate, expert)
+    for name, t in tensors(model, optimizer).items():
+        whole = torch.empty(t.shape).uniform_(generator=torch.Generator().manual_seed(len(name) + sum(map(ord, name))))
+        if isinstance(t, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+            whole = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        fsdp.local(t).copy_(whole)
+    tokenizer = Path(folder) / "words"
+    tokenizer.parent.mkdir(exist_ok=True)
+    tokenizer.write_text("words")
+    saver = Saver(Path(folder), tensors(model, optimizer), tokenizer, CheckpointConfig(async_save=beside))
+    saver.save(1, {})
+    saver.finish()
+    saver.close()
+    return everything(model, optimizer)
+
+
+def load_all(folders: list[str], replicate: int, expert: int) -> list[str]:
+    """What is in the checkpoints of these folders, as this mesh sees it."""
+    model, optimizer = meshed(replicate, expert)
+    found = []
+    for folder in folders:
+        checkpoint.load(checkpoint.open_checkpoint(Path(folder) / "step-00000001"), model, optimizer)
+        found.append(everything(model, optimizer))
+    return found
+
+
+def memory_of_saves(folder: str) -> dict[str, float]:
+    """Bytes above the tensors' that saves take at most, and that stay after many."""
+
+    def status(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith(key))
+
+    def most(call: Callable[[], object]) -> float:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        call()
+        return status("VmHWM") - before
+
+    place = Path(folder)
+    (place / "words").write_text("words")
+    found: dict[str, float] = {}
+    big, small = {f"w{i}": torch.ones(8_000_000) for i in range(6)}, {"w": torch.ones(1_000_000)}
+    waits = Saver(place / "a", big, place / "words", CheckpointConfig())
+    found["waiting"] = most(lambda: waits.save(1, {}))
+    beside = Saver(place / "b", big, place / "words", CheckpointConfig(async_save=True))
+
+    def staged() -> None:
+        beside.save(1, {})
+        beside.finish()
+
+    before = status("VmRSS")
+    found["staged"] = most(staged) + status("VmRSS") - before
+    for each in (waits, beside):
+        each.close()
+    many = Saver(place / "c", small, place / "words", CheckpointConfig(async_save=True, keep=1))
+    many.save(1, {}, wait=True)
+    many.save(2, {})
+    many.finish()
+    before = status("VmRSS")
+    for step in range(3, 53):
+        many.save(step, {})
+        many.before_change()
+    many.finish()
+    many.close()
+    found["after 50"] = status("VmRSS") - before
+    return found
+
+
+def apart(corpus: str, folder: str) -> str:
+    """What a run says whose ranks have folders of their own under the same name."""
+    here, rank = Path.cwd(), World.from_environment().rank
+    place = Path(folder) / str(rank)
+    place.mkdir(parents=True)
+    os.chdir(place)
+    try:
+        with mock.patch.object(start, "PATIENCE", 0.3):
+            run(Path(corpus), Path("runs"))
+    except UserError as error:
+        return str(error)
+    finally:
+        os.chdir(here)
+    return "no error"

@@ -1,0 +1,77 @@
+"""What a resume must not change: loss scale, skipped steps, data order across epochs; and what it says."""
+
+import numpy as np
+import pytest
+
+from data.config import UserError
+from tests.trainer import cases
+from trainer.checkpoint import complete, read_manifest
+from trainer.metrics import read_lines
+from trainer.optimizer import LossScale
+
+RUN = "tests.trainer.cases:run_words"
+
+
+@pytest.mark.slow
+def test_everything_at_once_is_bitwise_the_same(pool, corpus_dir, tmp_path):
+    """Experts over two ranks, dropout, noise, balance, fp16 and its scale, saved beside the training."""
+    words = ["train.steps=8", "train.dtype=float16", "model.dropout=0.1", "model.noisy_top_k=true", "parallel.expert=2"]
+    words += ["checkpoint.every=3", "checkpoint.async_save=true"]
+    for more in (["run.name=whole"], ["run.name=parts", "train.stop_at=2"], ["run.name=parts", "train.stop_at=5"]):
+        pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, *more])
+    pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, "run.name=parts"])
+    assert cases.losses(tmp_path / "parts") == cases.losses(tmp_path / "whole")
+    newest = [complete(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts")]
+    for name in ("shard-00000.safetensors", "shard-00001.safetensors"):  # with moments and biases
+        assert (newest[0] / name).read_bytes() == (newest[1] / name).read_bytes()
+
+
+def test_the_loss_scale_goes_on_where_it_was(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "PATIENCE", 3)
+    words = ["train.steps=9", "train.dtype=float16"]
+    assert cases.run(corpus_dir, tmp_path, *words, "run.name=whole") == 0
+    for stop in (2, 5, 9):
+        assert cases.run(corpus_dir, tmp_path, *words, "run.name=parts", f"train.stop_at={stop}") == 0
+        manifest = read_manifest(complete(tmp_path / "parts" / "checkpoints")[-1])
+        assert manifest["loss_scale"]["good"] == stop % 3
+    scales = [read_manifest(complete(tmp_path / n / "checkpoints")[-1])["loss_scale"] for n in ("whole", "parts")]
+    assert scales[0] == scales[1] == {"value": 2.0**19, "good": 0, "on": True}
+    assert cases.last_digest(tmp_path / "parts") == cases.last_digest(tmp_path / "whole")
+
+
+def test_skipped_steps_are_counted_across_a_resume(corpus_dir, tmp_path, monkeypatch):
+    from model import transformer
+
+    monkeypatch.setattr(transformer, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * float("nan"))
+    words = ["run.name=nan", "train.max_skipped=3", "train.global_batch_size=2"]
+    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
+    with pytest.raises(UserError, match="train.max_skipped=3"):
+        cases.run(corpus_dir, tmp_path, *words)
+    lines = read_lines(tmp_path / "nan" / "metrics.jsonl")
+    assert [x["step"] for x in lines if x.get("event") == "skipped"] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path, capfd):
+    """Nine steps are an epoch and a half here."""
+    words = ["data.seq_len=256", "train.global_batch_size=240", "train.micro_batch_size=30", "train.steps=9"]
+    words += ["model.dropout=0.1", "model.max_seq_len=256"]
+    assert cases.run(corpus_dir, tmp_path, *words, "run.name=whole") == 0
+    for world, expert, stop in ((4, 4, 3), (3, 3, 5), (3, 1, 6), (2, 2, 7), (1, 1, 9)):
+        more = [*words, "run.name=chain", f"parallel.expert={expert}", f"train.stop_at={stop}"]
+        if world > 1:
+            pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
+    capfd.readouterr()
+    assert cases.run(corpus_dir, tmp_path, *more) == 0
+    np.testing.assert_allclose(cases.losses(tmp_path / "chain"), cases.losses(tmp_path / "whole"), rtol=1e-5)
+    said = [line for line in capfd.readouterr().out.splitlines() if "equal to rounding" in line]
+    assert len(said) == 1 and "world 2 -> 1, degrees {" in said[0] and "torch" not in said[0]
+
+
+def test_where_it_was_saved_and_goes_on_is_compared(corpus_dir, tmp_path, capsys):
+    words = ["run.name=r", "train.steps=4"]
+    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
+    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=3") == 0
+    assert "equal to rounding" not in capsys.readouterr().out
+    assert cases.run(corpus_dir, tmp_path, *words, "run.threads=2") == 0
+    assert "since it was saved elsewhere: threads 1 -> 2\n" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 #!/bin/bash
-# One node's part of a job: its environment, its address, torchrun. train.sbatch starts it by srun on each node.
+# One node's part of a job: its log, its environment, its address, torchrun. srun of train.sbatch starts it on each node.
+exec >>"$LOG-$SLURMD_NODENAME.log" 2>&1
 fail() {
     echo "$SLURMD_NODENAME: $1" >&2
     scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID" # or the other nodes would wait for this one
@@ -21,10 +22,10 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
         fail "$other is $number, which is this node; set HEAD_ADDR to an address of $HEAD that all nodes reach"
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device}
 fi
-echo "$SLURMD_NODENAME: $NPROC ranks on $(hostname), $address by $device, meeting at $HEAD_ADDR:$HEAD_PORT"
+echo "$SLURMD_NODENAME: $address by $device, meeting at $HEAD_ADDR:$HEAD_PORT"
 
 is_host=$([ "$SLURMD_NODENAME" = "$HEAD" ] && echo true || echo false)
-exec python -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc_per_node="$NPROC" \
+exec python -m launch.torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$NPROC" \
     --rdzv_backend=c10d --rdzv_id="$RENDEZVOUS" --rdzv_endpoint="$HEAD_ADDR:$HEAD_PORT" --local_addr="$address" \
     --rdzv_conf="is_host=$is_host,read_timeout=300" --max_restarts="${MAX_RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout="${SAVE_SECONDS:-120}" \

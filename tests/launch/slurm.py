@@ -1,7 +1,7 @@
-"""A SLURM for tests: munged, slurmctld and two slurmd of Debian's packages, as root, without systemd.
+"""A SLURM for tests: munged, slurmctld and slurmd of Debian's packages, as root, without systemd.
 
-Each node is a machine to itself as far as the network goes: its own name, its own addresses, and an /etc/hosts that
-maps its own name to 127.0.1.1, as Debian's installer writes it. Where namespaces cannot be made, both are this host.
+Nodes n1 and n2 are machines of their own as far as the network goes: own names, own addresses, and an /etc/hosts that
+maps the own name to 127.0.1.1, as Debian's installer writes it. Where namespaces cannot be made, both are this host.
 
     with cluster(folder) as slurm:
         job = slurm.submit("--nodes=2", "launch/slurm/train.sbatch", "--config", "launch/tiny.yaml")
@@ -26,8 +26,9 @@ from tests.parallel import hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
-NODES = ("n1", "n2")
-CPUS = 64  # each node says it has: jobs lie side by side
+MACHINES = ("n1", "n2")
+NODES = {"n1": 0, "n2": 1, "n3": 0, "n4": 1}  # to the machine; n3 and n4 are for preemption
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 class NoSlurm(Exception):
@@ -66,12 +67,16 @@ class Slurm:
         return dict(word.partition("=")[::2] for word in words)
 
     def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
-        """Waits until the job is in one of the states. Raises AssertionError with its log."""
+        """Waits until the job is in one of the states. AssertionError with its log when it is over, or timeout is."""
         end = time.monotonic() + timeout
         while (now := self.job(job))["JobState"] not in states:
-            assert time.monotonic() < end, f"job {job} is {now['JobState']}\n{self.log(job)}"
+            over = now["JobState"] in ENDS or time.monotonic() > end
+            assert not over, f"job {job} is {now['JobState']}, {now['ExitCode']}\n{self.log(job)}"
             time.sleep(0.5)
         return now
+
+    def address(self, node: str) -> str:
+        return self.addresses[NODES[node]]
 
     def log(self, job: str) -> str:
         path = self.folder / f"{job}.out"
@@ -106,22 +111,32 @@ def _make_machines(slurm: Slurm, stack: contextlib.ExitStack) -> None:
         slurm.machines, slurm.addresses = [[], []], ["127.0.0.1", "127.0.0.1"]
         return
     slurm.addresses = ["10.77.0.1", "10.77.0.2"]
-    script = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
+    # Out of reach for slurmd: the cgroups of this host, which it would use if it could.
+    mounts = 'mount --bind "$2" /etc/hosts && mount -t tmpfs none /sys/fs/cgroup'
+    script = f'hostname "$1" && {mounts} && shift 2 && exec "$@"'
     for i, name in enumerate(names):
-        own, other = NODES[i], NODES[1 - i]
+        own, other = MACHINES[i], MACHINES[1 - i]
         table = slurm.folder / f"hosts-{own}"
-        table.write_text(f"127.0.0.1 localhost\n127.0.1.1 {own}\n{slurm.addresses[1 - i]} {other}\n")
-        inside = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "sh", "-c", script, "sh", own, str(table)]
-        slurm.machines.append(inside)
+        lines = [f"127.0.1.1 {own}", f"{slurm.addresses[i]} {own}-own", f"{slurm.addresses[1 - i]} {other}"]
+        table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount"]
+        slurm.machines.append([*enter, "sh", "-c", script, "sh", own, str(table)])
 
 
 def _configure(slurm: Slurm) -> None:
     (slurm.folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (slurm.folder / "munge.key").chmod(0o400)
-    controller, *ports = _free_ports(3)
+    (slurm.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # enough to be counted
+    (slurm.folder / "gres.conf").write_text(gpus)
+    controller, *ports = _free_ports(1 + len(NODES))
+    nodes = [
+        f"NodeName={name} NodeHostname={MACHINES[i]} NodeAddr={slurm.addresses[i]} Port={port} CPUs=16 Gres=gpu:2"
+        for (name, i), port in zip(NODES.items(), ports, strict=True)
+    ]
     lines = [
         "ClusterName=scout",
-        f"SlurmctldHost={NODES[0]}({slurm.addresses[0]})",
+        f"SlurmctldHost={MACHINES[0]}({slurm.addresses[0]})",
         f"SlurmctldPort={controller}",
         "SlurmUser=root",
         "AuthType=auth/munge",
@@ -142,10 +157,11 @@ def _configure(slurm: Slurm) -> None:
         "PreemptMode=REQUEUE",
         "ReturnToService=2",
         "MailProg=/bin/true",
-        *(f"NodeName={n} NodeAddr={a} Port={p} CPUs={CPUS}" for n, a, p in zip(NODES, slurm.addresses, ports)),
-        "PartitionName=main Nodes=ALL Default=YES OverSubscribe=FORCE:8 PriorityTier=1 PreemptMode=OFF",
-        "PartitionName=spare Nodes=ALL PriorityTier=1 GraceTime=60",
-        "PartitionName=urgent Nodes=ALL PriorityTier=2",
+        "GresTypes=gpu",
+        *nodes,
+        "PartitionName=main Nodes=n1,n2 Default=YES OverSubscribe=FORCE:16 PreemptMode=OFF",
+        "PartitionName=spare Nodes=n3,n4 PriorityTier=1 GraceTime=60",
+        "PartitionName=urgent Nodes=n3,n4 PriorityTier=2",
     ]
     (slurm.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 
@@ -167,20 +183,18 @@ def _start(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
     commands = [
         ["munged", "--foreground", "--force", *munge],
         [*slurm.machines[0], "slurmctld", "-D", "-i"],
-        *([*inside, "slurmd", "-D", "-N", node] for inside, node in zip(slurm.machines, NODES, strict=True)),
+        *([*slurm.machines[i], "slurmd", "-D", "-N", name] for name, i in NODES.items()),
     ]
     for command in commands:
         with open(folder / "daemons.log", "ab") as log:
             environment = slurm.environment
-            daemons.append(
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-            )
+            daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment))
     end = time.monotonic() + 60
     while True:
         with contextlib.suppress(AssertionError):
-            if slurm.call("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES):
+            if slurm.call("sinfo", "--noheader", "--format=%D %T").split() == [str(len(NODES)), "idle"]:
                 return
-        dead = [daemon.args[-1] for daemon in daemons if daemon.poll() is not None]
+        dead = [command for command, daemon in zip(commands, daemons, strict=True) if daemon.poll() is not None]
         logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
         assert not dead and time.monotonic() < end, f"SLURM did not come up ({dead})\n{logs}"
         time.sleep(0.2)
@@ -203,5 +217,3 @@ def _stop(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
     for daemon in daemons:
         daemon.wait()
-
-

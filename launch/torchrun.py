@@ -6,13 +6,13 @@ Each node of a job would print those at every stop. Exit codes: 128 + N when sig
 worker failed.
 """
 
+import logging
 import os
 import signal
 import sys
 
 
 def run() -> int:
-    os.environ.setdefault("LOGLEVEL", "ERROR")
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # read while torch is imported; not for the workers
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -21,6 +21,8 @@ def run() -> int:
 
     if level is None:
         del os.environ["TORCH_CPP_LOG_LEVEL"]
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(logging.WARNING)
     try:
         main()
     except SignalException as error:

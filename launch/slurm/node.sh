@@ -1,13 +1,13 @@
 #!/bin/bash
 # One node's part of a job: its log, its environment, its address, torchrun. srun of train.sbatch starts it on each node.
-exec >>"$LOG-$SLURMD_NODENAME.log" 2>&1
+exec >>"$NODE_LOG-$SLURMD_NODENAME.log" 2>&1
 fail() {
     echo "$SLURMD_NODENAME: $1" >&2
     scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID" # or the other nodes would wait for this one
     exit 2
 }
 
-. launch/slurm/environment.sh || fail "no project's folder $PWD here"
+. launch/slurm/environment.sh || fail "no environment"
 
 # The kernel knows the way to another node: by which device, from which address. This node's own name is no guide: on
 # Debian it is 127.0.1.1 here and something else elsewhere.
@@ -25,6 +25,7 @@ fi
 echo "$SLURMD_NODENAME: $address by $device, meeting at $HEAD_ADDR:$HEAD_PORT"
 
 is_host=$([ "$SLURMD_NODENAME" = "$HEAD" ] && echo true || echo false)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # after a restart ranks would find addresses of dead ones in a shared store
 exec python -m launch.torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$NPROC" \
     --rdzv_backend=c10d --rdzv_id="$RENDEZVOUS" --rdzv_endpoint="$HEAD_ADDR:$HEAD_PORT" --local_addr="$address" \
     --rdzv_conf="is_host=$is_host,read_timeout=300" --max_restarts="${MAX_RESTARTS:-0}" \

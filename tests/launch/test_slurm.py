@@ -67,6 +67,12 @@ class Jobs:
         os.kill(process, signal.SIGSTOP)
         return process
 
+    def wait_for(self, words: str, job: str) -> None:
+        end = time.monotonic() + 200
+        while words not in self.slurm.log(job):
+            assert time.monotonic() < end, self.slurm.log(job)
+            time.sleep(0.1)
+
 
 def rank_0(name: str) -> int:
     for process in Path("/proc").glob("[0-9]*"):
@@ -125,13 +131,15 @@ def time_limit(jobs: Jobs) -> None:
 
 
 def requeued(jobs: Jobs) -> None:
-    """By an administrator's command: SLURM gives KillWait, 30 seconds, and queues the job itself."""
+    """A rank is killed, and torchrun starts all again; then by an administrator: SLURM gives KillWait, 30 seconds."""
     jobs.first_is_under_way.wait()
-    job = jobs.submit("requeued")
+    job = jobs.submit("requeued", more=("checkpoint.every=2",), MAX_RESTARTS="1")
+    os.kill(jobs.hold("requeued"), signal.SIGKILL)
+    jobs.wait_for("resumed from step", job)
     jobs.hold("requeued")
     jobs.slurm.call("scontrol", "requeue", job)  # it sends SIGCONT, too
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
-    assert "resumed from step" in jobs.slurm.log(job)
+    assert jobs.slurm.log(job).count("resumed from step") == 2
 
 
 def preempted(jobs: Jobs) -> None:
@@ -144,6 +152,16 @@ def preempted(jobs: Jobs) -> None:
     jobs.slurm.wait(other, "COMPLETED")
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
     assert "back into the queue" in jobs.slurm.log(job)
+
+
+def preempted_at_once(jobs: Jobs) -> None:
+    """Before the trainer can save: there is nothing to lose, but the job's place in the queue."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit("early", nodes=1)
+    jobs.wait_for("meeting at", job)
+    jobs.slurm.call("scancel", "--signal=TERM", job)
+    assert jobs.slurm.wait(job, "PENDING")["Restarts"] == "1"
+    jobs.slurm.call("scancel", job)
 
 
 def stopped_by_the_user(jobs: Jobs) -> None:

@@ -114,8 +114,10 @@ def undisturbed(jobs: Jobs) -> None:
 def time_limit(jobs: Jobs) -> None:
     """Started ahead of the others: SLURM looks at limits twice a minute only."""
     job = jobs.submit("limit", "--oversubscribe", "--signal=USR1@5")
-    held = jobs.hold("limit")
-    jobs.first_is_under_way.set()
+    try:
+        held = jobs.hold("limit")
+    finally:
+        jobs.first_is_under_way.set()
     hours, minutes, seconds = map(int, jobs.slurm.job(job)["RunTime"].split(":"))
     jobs.slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1 + (seconds > 25)}")
     end = time.monotonic() + 150
@@ -223,7 +225,8 @@ def wrong_address(jobs: Jobs) -> None:
 
 
 SCENARIOS = [
-    mistaken, wrong_address, failing, cancelled, stopped_by_the_user, preempted, requeued, undisturbed, time_limit
+    mistaken, wrong_address, preempted_at_once, failing, cancelled, stopped_by_the_user, preempted, requeued, undisturbed,
+    time_limit,
 ]  # fmt: skip
 
 

@@ -19,14 +19,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.parallel import hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
-MACHINES = ("n1", "n2")
 NODES = {"n1": 0, "n2": 1, "n3": 0, "n4": 1}  # to the machine; n3 and n4 are for preemption
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -35,11 +34,17 @@ class NoSlurm(Exception):
     """No SLURM can be started here: why."""
 
 
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    address: str
+    enter: list[str]  # words before a command that is to run there
+
+
 @dataclass
 class Slurm:
     folder: Path
-    machines: list[list[str]] = field(default_factory=list)  # words before a command that is to run on a node
-    addresses: list[str] = field(default_factory=list)  # of the nodes
+    machines: list[Machine]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -49,7 +54,7 @@ class Slurm:
 
     def call(self, *words: str, **env: str) -> str:
         """stdout of a command on the first node, in the project's folder."""
-        command = [*self.machines[0], *words]
+        command = [*self.machines[0].enter, *words]
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, env=self.environment | env, timeout=60
         )
@@ -76,7 +81,7 @@ class Slurm:
         return now
 
     def address(self, node: str) -> str:
-        return self.addresses[NODES[node]]
+        return self.machines[NODES[node]].address
 
     def log(self, job: str) -> str:
         path = self.folder / f"{job}.out"
@@ -91,10 +96,9 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing:
         raise NoSlurm(f"{', '.join(missing)} not installed (Debian: slurm-wlm, munge)")
-    slurm = Slurm(folder)
     daemons: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
-        _make_machines(slurm, stack)
+        slurm = Slurm(folder, _machines(folder, stack))
         _configure(slurm)
         try:
             _start(slurm, daemons)
@@ -103,24 +107,24 @@ def cluster(folder: Path) -> Iterator[Slurm]:
             _stop(slurm, daemons)
 
 
-def _make_machines(slurm: Slurm, stack: contextlib.ExitStack) -> None:
+def _machines(folder: Path, stack: contextlib.ExitStack) -> list[Machine]:
     """Two network namespaces with names of their own, or twice this host."""
     try:
-        names = stack.enter_context(hosts.two_hosts())
+        spaces = stack.enter_context(hosts.two_hosts())
     except hosts.NoHosts:
-        slurm.machines, slurm.addresses = [[], []], ["127.0.0.1", "127.0.0.1"]
-        return
-    slurm.addresses = ["10.77.0.1", "10.77.0.2"]
+        return 2 * [Machine(socket.gethostname().partition(".")[0], "127.0.0.1", [])]
     # Out of reach for slurmd: the cgroups of this host, which it would use if it could.
     mounts = 'mount --bind "$2" /etc/hosts && mount -t tmpfs none /sys/fs/cgroup'
     script = f'hostname "$1" && {mounts} && shift 2 && exec "$@"'
-    for i, name in enumerate(names):
-        own, other = MACHINES[i], MACHINES[1 - i]
-        table = slurm.folder / f"hosts-{own}"
-        lines = [f"127.0.1.1 {own}", f"{slurm.addresses[i]} {own}-own", f"{slurm.addresses[1 - i]} {other}"]
-        table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-        enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount"]
-        slurm.machines.append([*enter, "sh", "-c", script, "sh", own, str(table)])
+    machines = []
+    for space, name, address, other in zip(
+        spaces, ("n1", "n2"), ("10.77.0.1", "10.77.0.2"), ("10.77.0.2 n2", "10.77.0.1 n1"), strict=True
+    ):
+        table = folder / f"hosts-{name}"
+        table.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{address} {name}-own\n{other}\n")
+        enter = ["nsenter", f"--net=/run/netns/{space}", "unshare", "--uts", "--mount"]
+        machines.append(Machine(name, address, [*enter, "sh", "-c", script, "sh", name, str(table)]))
+    return machines
 
 
 def _configure(slurm: Slurm) -> None:
@@ -130,13 +134,14 @@ def _configure(slurm: Slurm) -> None:
     gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # enough to be counted
     (slurm.folder / "gres.conf").write_text(gpus)
     controller, *ports = _free_ports(1 + len(NODES))
+    first, places = slurm.machines[0], [slurm.machines[i] for i in NODES.values()]
     nodes = [
-        f"NodeName={name} NodeHostname={MACHINES[i]} NodeAddr={slurm.addresses[i]} Port={port} CPUs=16 Gres=gpu:2"
-        for (name, i), port in zip(NODES.items(), ports, strict=True)
+        f"NodeName={name} NodeHostname={place.name} NodeAddr={place.address} Port={port} CPUs=16 Gres=gpu:2"
+        for name, place, port in zip(NODES, places, ports, strict=True)
     ]
     lines = [
         "ClusterName=scout",
-        f"SlurmctldHost={MACHINES[0]}({slurm.addresses[0]})",
+        f"SlurmctldHost={first.name}({first.address})",
         f"SlurmctldPort={controller}",
         "SlurmUser=root",
         "AuthType=auth/munge",
@@ -182,8 +187,8 @@ def _start(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
     munge += [f"--{what}-file={folder}/munge.{what}" for what in ("pid", "log", "seed")]
     commands = [
         ["munged", "--foreground", "--force", *munge],
-        [*slurm.machines[0], "slurmctld", "-D", "-i"],
-        *([*slurm.machines[i], "slurmd", "-D", "-N", name] for name, i in NODES.items()),
+        [*slurm.machines[0].enter, "slurmctld", "-D", "-i"],
+        *([*slurm.machines[i].enter, "slurmd", "-D", "-N", name] for name, i in NODES.items()),
     ]
     for command in commands:
         with open(folder / "daemons.log", "ab") as log:
@@ -195,7 +200,7 @@ def _start(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
             if slurm.call("sinfo", "--noheader", "--format=%D %T").split() == [str(len(NODES)), "idle"]:
                 return
         dead = [command for command, daemon in zip(commands, daemons, strict=True) if daemon.poll() is not None]
-        logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
+        logs = "\n".join(path.read_text()[-1000:] for path in sorted(folder.glob("*.log")))
         assert not dead and time.monotonic() < end, f"SLURM did not come up ({dead})\n{logs}"
         time.sleep(0.2)
 

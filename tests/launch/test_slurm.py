@@ -221,12 +221,12 @@ def wrong_address(jobs: Jobs) -> None:
     job = jobs.submit("wrong", HEAD_ADDR="127.0.1.1")
     end = jobs.slurm.wait(job, "FAILED", timeout=60)
     assert end["Restarts"] == "0"
-    assert "n2: 127.0.1.1 is 127.0.1.1, which is this node; set HEAD_ADDR" in jobs.slurm.log(job)
+    assert ": 127.0.1.1 is 127.0.1.1, which is this node; set HEAD_ADDR" in jobs.slurm.log(job)
 
 
 SCENARIOS = [
-    mistaken, wrong_address, preempted_at_once, failing, cancelled, stopped_by_the_user, preempted, requeued, undisturbed,
-    time_limit,
+    mistaken, wrong_address, preempted_at_once, failing, cancelled, stopped_by_the_user, preempted, requeued,
+    undisturbed, time_limit,
 ]  # fmt: skip
 
 

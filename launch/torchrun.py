@@ -3,7 +3,7 @@
     python -m launch.torchrun --nproc_per_node=2 -m trainer.main --config launch/tiny.yaml
 
 Each node of a job would print those at every stop. Exit codes: 128 + N when signal N ended it and its workers, 1 when a
-worker failed.
+worker failed or the nodes did not meet.
 """
 
 import logging
@@ -17,6 +17,7 @@ def run() -> int:
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # read while torch is imported; not for the workers
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import main
 
     if level is None:
@@ -30,6 +31,9 @@ def run() -> int:
         return 128 + error.sigval
     except ChildFailedError as error:
         print(error, file=sys.stderr)
+        return 1
+    except RendezvousError as error:
+        print(f"torchrun: {error} {error.__cause__ or ''}", file=sys.stderr)
         return 1
     return 0
 

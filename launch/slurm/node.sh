@@ -20,6 +20,11 @@ if [ "$SLURM_NNODES" -gt 1 ]; then
     device=${BASH_REMATCH[1]} address=${BASH_REMATCH[2]}
     [ "$device" != lo ] || [ "$HEAD_ADDR" = "$NEXT_ADDR" ] ||
         fail "$other is $number, which is this node; set HEAD_ADDR to an address of $HEAD that all nodes reach"
+    # Whether the port answers or refuses yet, somebody is there. Behind a firewall neither happens, and all would wait.
+    if [ "$other" = "$HEAD_ADDR" ]; then
+        answer=$(LC_ALL=C timeout 20 bash -c ": <>/dev/tcp/$number/$HEAD_PORT" 2>&1) || [[ $answer == *refused* ]] ||
+            fail "$other ($number): port $HEAD_PORT cannot be reached; give HEAD_PORT= one that can, or HEAD_ADDR="
+    fi
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device}
 fi
 echo "$SLURMD_NODENAME: $address by $device, meeting at $HEAD_ADDR:$HEAD_PORT"

@@ -136,7 +136,7 @@ def _configure(slurm: Slurm) -> None:
     controller, *ports = _free_ports(1 + len(NODES))
     first, places = slurm.machines[0], [slurm.machines[i] for i in NODES.values()]
     nodes = [
-        f"NodeName={name} NodeHostname={place.name} NodeAddr={place.address} Port={port} CPUs=16 Gres=gpu:2"
+        f"NodeName={name} NodeHostname={place.name} NodeAddr={place.address} Port={port} CPUs=6 Gres=gpu:2"
         for name, place, port in zip(NODES, places, ports, strict=True)
     ]
     lines = [
@@ -164,7 +164,7 @@ def _configure(slurm: Slurm) -> None:
         "MailProg=/bin/true",
         "GresTypes=gpu",
         *nodes,
-        "PartitionName=main Nodes=n1,n2 Default=YES OverSubscribe=FORCE:16 PreemptMode=OFF",
+        "PartitionName=main Nodes=n1,n2 Default=YES PreemptMode=OFF",
         "PartitionName=spare Nodes=n3,n4 PriorityTier=1 GraceTime=60",
         "PartitionName=urgent Nodes=n3,n4 PriorityTier=2",
     ]

@@ -8,6 +8,7 @@ waits for a rank that does not come.
 
 import itertools
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -294,8 +295,8 @@ def finish(run: Run) -> None:
 
 
 def command() -> str:
-    """The command that started this run, as a user would type it."""
-    words = " ".join(sys.argv[1:])
-    size = os.environ.get("WORLD_SIZE")
-    start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if size else "python"
-    return f"{start} -m trainer.main {words}".strip()
+    """The command that started this run, as a user would type it; a script that did says its name in LAUNCHED_BY."""
+    start = "python -m trainer.main"
+    if "WORLD_SIZE" in os.environ:
+        start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')} -m trainer.main"
+    return f"{os.environ.get('LAUNCHED_BY', start)} {shlex.join(sys.argv[1:])}".strip()

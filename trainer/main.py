@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", help="a YAML file, such as launch/tiny.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and the memory it needs")
+    parser.add_argument("--folder", action="store_true", help="print the run's folder and end")
     parser.add_argument("--list", action="store_true", help="print the runs in run.dir and end")
     parser.add_argument("--version", action="version", version=f"scout-trainer {VERSION}")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="over the file; the last one wins")
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         folders = [word.partition("=")[2] for word in args.settings if word.startswith("run.dir=")]
         print(list_runs(Path(folders[-1] if folders else RunConfig().dir)))
+        return 0
+    if args.folder:
+        print(read_config(args.config, args.settings).run.folder)
         return 0
     if args.dry_run:
         from trainer.dryrun import print_plan

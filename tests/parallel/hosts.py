@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a rate-limited link between them, and torch ranks on them."""
+"""Two hosts on one machine: network namespaces with a link between them, and torch ranks on them."""
 
 import contextlib
 import os
@@ -25,8 +25,8 @@ def _call(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def two_hosts(rate: str) -> Iterator[list[str]]:
-    """Names of two namespaces whose link takes `rate` (as of tc: 400mbit) each way. Raises NoHosts."""
+def two_hosts(rate: str | None = None) -> Iterator[list[str]]:
+    """Names of two namespaces whose link takes `rate` (as of tc: 400mbit; None: all) each way. Raises NoHosts."""
     names = [f"scout-{os.getpid()}-{i}" for i in (0, 1)]
     links = [f"sc{os.getpid() % 100000}-{i}" for i in (0, 1)]
     try:
@@ -39,8 +39,9 @@ def two_hosts(rate: str) -> Iterator[list[str]]:
             _call(*inside, "ip", "addr", "add", f"10.77.0.{i + 1}/24", "dev", "veth0")
             _call(*inside, "ip", "link", "set", "veth0", "up")
             _call(*inside, "ip", "link", "set", "lo", "up")
-            shape = ("rate", rate, "burst", "256kb", "latency", "500ms")
-            _call(*inside, "tc", "qdisc", "add", "dev", "veth0", "root", "tbf", *shape)
+            if rate is not None:
+                shape = ("rate", rate, "burst", "256kb", "latency", "500ms")
+                _call(*inside, "tc", "qdisc", "add", "dev", "veth0", "root", "tbf", *shape)
         yield names
     finally:
         for name in names:

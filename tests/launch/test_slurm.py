@@ -1,0 +1,293 @@
+"""launch/slurm/ on a real SLURM: what ends a job, what puts it back into the queue, and that the run stays the same.
+
+All jobs run side by side, each driven by a function below, since most of the time is waiting.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from data.config import load_file
+from tests.launch.slurm import ROOT, NoSlurm, Slurm, cluster
+from tests.trainer import cases
+from trainer.metrics import read_lines
+
+pytestmark = pytest.mark.slow
+TRAIN = "launch/slurm/train.sbatch"
+STEPS = 60
+PROMPT = 'Tom\'s "big" dog  & 5%'  # quotes, blanks, and what shells and SLURM take for their own
+
+
+class Jobs:
+    """Submits runs of seconds, and looks into their folders."""
+
+    def __init__(self, slurm: Slurm) -> None:
+        self.slurm = slurm
+        self.runs = slurm.folder / "runs & more"
+        self.corpus = slurm.folder / "corpus"
+        self.ids: dict[str | None, str] = {}  # by run name
+        self.first_is_under_way = threading.Event()
+        setup = slurm.folder / "set up.sh"
+        python = shlex.quote(str(Path(sys.executable).parent))
+        setup.write_text(f'PATH={python}:$PATH; echo "$SLURMD_NODENAME: $SLURM_GPUS_ON_NODE GPUs"\n')
+        self.environment = {"ENV_SETUP": str(setup), "NPROC": "1", "OMP_NUM_THREADS": "1"}
+
+    def words(self, name: str | None, *more: str) -> list[str]:
+        settings = cases.words(self.corpus, self.runs, f"train.steps={STEPS}", f"sample.prompts={PROMPT}", *more)
+        return ["--config", "launch/tiny.yaml", *settings, *([f"run.name={name}"] if name else [])]
+
+    def submit(self, name: str | None, *flags: str, nodes: int = 2, more: tuple[str, ...] = (), **env: str) -> str:
+        flags = flags or ("--oversubscribe",)  # all on n1 and n2
+        words = [f"--nodes={nodes}", *flags, TRAIN, *self.words(name, *more)]
+        self.ids[name] = self.slurm.submit(*words, **(self.environment | env))
+        return self.ids[name]
+
+    def losses(self, name: str) -> list[float]:
+        return cases.losses(self.runs / name)
+
+    def hold(self, name: str) -> int:
+        """Waits until a run is at its fifth step or after, and stops the clock for its rank 0. Returns its process."""
+        metrics = self.runs / name / "metrics.jsonl"
+        end = time.monotonic() + 200
+        while sum(line["kind"] == "train" for line in read_lines(metrics)) < 5:
+            assert time.monotonic() < end, f"{name}: no step"
+            time.sleep(0.05)
+        process = rank_0(name)
+        os.kill(process, signal.SIGSTOP)
+        return process
+
+    def wait_for(self, words: str, job: str) -> None:
+        end = time.monotonic() + 200
+        while words not in self.slurm.log(job):
+            assert time.monotonic() < end, self.slurm.log(job)
+            time.sleep(0.1)
+
+
+def rank_0(name: str) -> int:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words, variables = ((process / part).read_bytes().split(b"\0") for part in ("cmdline", "environ"))
+            if f"run.name={name}".encode() in words and b"RANK=0" in variables:
+                return int(process.name)
+    raise AssertionError(f"{name}: no process of rank 0")
+
+
+def pending(process: int, number: signal.Signals) -> bool:
+    """Whether the signal waits for a process that was stopped, or has waited."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return True
+    return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in status if "Pnd:" in line)
+
+
+def let_go(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # SLURM may have sent SIGCONT already
+        os.kill(process, signal.SIGCONT)
+
+
+def undisturbed(jobs: Jobs) -> None:
+    """An array of two, of which the last is stopped by the signal of a time limit: it alone is queued again."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit(None, "--oversubscribe", "--array=1-2", more=("eval.batches=%a",))
+    held = jobs.hold("tiny-2")
+    jobs.slurm.call("scancel", "--signal=USR1", f"{job}_2")
+    let_go(held)
+    ends = [jobs.slurm.wait(f"{job}_{task}", "COMPLETED") for task in (1, 2)]
+    assert [end["Restarts"] for end in ends] == ["0", "1"]
+    assert len(jobs.losses("tiny-1")) == STEPS
+    assert jobs.losses("tiny-2") == jobs.losses("tiny-1")
+    config = load_file(jobs.runs / "tiny-2" / "config.yaml")
+    assert config["sample"]["prompts"] == [PROMPT] and str(config["eval"]["batches"]) == "2"
+
+
+def time_limit(jobs: Jobs) -> None:
+    """Started ahead of the others: SLURM looks at limits twice a minute only."""
+    job = jobs.submit("limit", "--oversubscribe", "--signal=USR1@5")
+    try:
+        held = jobs.hold("limit")
+    finally:
+        jobs.first_is_under_way.set()
+    hours, minutes, seconds = map(int, jobs.slurm.job(job)["RunTime"].split(":"))
+    jobs.slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1 + (seconds > 25)}")
+    end = time.monotonic() + 150
+    while not pending(held, signal.SIGUSR1):
+        assert time.monotonic() < end, "no SIGUSR1"
+        time.sleep(0.2)
+    let_go(held)
+    jobs.slurm.wait(job, "PENDING")
+    jobs.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+    assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+    log = jobs.slurm.log(job)
+    assert "to be queued again" in log and "resumed from step" in log and "Traceback" not in log
+
+
+def requeued(jobs: Jobs) -> None:
+    """A rank is killed, and torchrun starts all again; then by an administrator: SLURM gives KillWait, 30 seconds."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit("requeued", more=("checkpoint.every=2",), MAX_RESTARTS="1")
+    os.kill(jobs.hold("requeued"), signal.SIGKILL)
+    jobs.wait_for("resumed from step", job)
+    jobs.hold("requeued")
+    jobs.slurm.call("scontrol", "requeue", job)  # it sends SIGCONT, too
+    assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+    assert jobs.slurm.log(job).count("resumed from step") == 2
+
+
+def preempted(jobs: Jobs) -> None:
+    """By a job of a partition with a higher priority, with GraceTime: the script queues the job again."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit("preempted", "--partition=spare")
+    jobs.hold("preempted")
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
+    other = jobs.slurm.submit(*urgent)
+    jobs.slurm.wait(other, "COMPLETED")
+    assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+    assert "to be queued again" in jobs.slurm.log(job)
+
+
+def preempted_at_once(jobs: Jobs) -> None:
+    """Before the trainer can save: there is nothing to lose, but the job's place in the queue."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit("early", nodes=1)
+    jobs.wait_for("meeting at", job)
+    jobs.slurm.call("scancel", "--signal=TERM", job)
+    assert jobs.slurm.wait(job, "PENDING")["Restarts"] == "1"
+    jobs.slurm.call("scancel", job)
+
+
+def stopped_by_the_user(jobs: Jobs) -> None:
+    """By the command that the log names: saved, and not queued again."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit("stopped", nodes=1)
+    held = jobs.hold("stopped")
+    (line,) = [line for line in jobs.slurm.log(job).splitlines() if line.startswith("stop and save: ")]
+    jobs.slurm.call(*line.removeprefix("stop and save: ").split())
+    let_go(held)
+    end = jobs.slurm.wait(job, "FAILED")
+    log = jobs.slurm.log(job)
+    assert end["ExitCode"] == "130:0", log
+    step = len(jobs.losses("stopped"))
+    resume = f"sbatch --nodes=1 {TRAIN} {shlex.join(jobs.words('stopped'))}"
+    assert f"stopped at step {step} of {STEPS}, saved at {step}; to resume: {resume}" in log
+
+
+def cancelled(jobs: Jobs) -> None:
+    """scancel alone gives KillWait, too: saved, and not queued again."""
+    jobs.first_is_under_way.wait()
+    job = jobs.submit("cancelled", nodes=1)
+    jobs.hold("cancelled")
+    jobs.slurm.call("scancel", job)
+    jobs.slurm.wait(job, "CANCELLED")
+    step = len(jobs.losses("cancelled"))
+    assert (jobs.runs / "cancelled" / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert jobs.slurm.job(job)["Restarts"] == "0"
+
+
+def failing(jobs: Jobs) -> None:
+    """Not queued again, even where an earlier job left its mark."""
+    jobs.first_is_under_way.wait()
+    (jobs.runs / "failing").mkdir(parents=True)
+    (jobs.runs / "failing" / "requeue").touch()
+    job = jobs.submit("failing", nodes=1, more=(f"data.dir={jobs.slurm.folder}/nowhere",))
+    end = jobs.slurm.wait(job, "FAILED")
+    log = jobs.slurm.log(job)
+    assert (end["ExitCode"], end["Restarts"]) == ("1:0", "0"), log
+    assert "nowhere: " in log and "Traceback" not in log
+
+
+def mistaken(jobs: Jobs) -> None:
+    """A mistake in the settings ends before any process of the run is started."""
+    job = jobs.submit("mistaken", more=("train.stps=3",))
+    end = jobs.slurm.wait(job, "FAILED")
+    assert end["ExitCode"] == "2:0"
+    log = [line for line in jobs.slurm.log(job).splitlines() if "GPUs" not in line]
+    assert log == ["train.stps: unknown key; did you mean train.steps?"]
+
+
+def wrong_address(jobs: Jobs) -> None:
+    """A head that is a loopback address elsewhere, or is not there, is named soon; torchrun would wait for minutes."""
+    jobs.first_is_under_way.wait()
+    loopback, nobody = (jobs.submit(None, HEAD_ADDR=address) for address in ("127.0.1.1", "10.77.0.9"))
+    for job in (loopback, nobody):
+        assert jobs.slurm.wait(job, "FAILED", timeout=100)["Restarts"] == "0"
+    assert ": 127.0.1.1 is 127.0.1.1, which is this node; set HEAD_ADDR" in jobs.slurm.log(loopback)
+    assert "n2: 10.77.0.9 (10.77.0.9): " in jobs.slurm.log(nobody)
+
+
+SCENARIOS = [
+    mistaken, wrong_address, preempted_at_once, failing, cancelled, stopped_by_the_user, preempted, requeued,
+    undisturbed, time_limit,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    folder = tmp_path_factory.mktemp("slurm")
+    try:
+        with cluster(folder) as slurm:
+            yield Jobs(slurm)
+    except NoSlurm as why:
+        pytest.skip(f"a real SLURM cannot be started: {why}")
+    ours = f"SLURM_CONF={folder}/slurm.conf".encode()
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            assert ours not in (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def under_way(jobs: Jobs) -> Iterator[dict[str, Future[None]]]:
+    words = [word for word in jobs.words(None) if word.startswith("data.")]
+    script = ["launch/slurm/prepare.sbatch", "--config", "launch/tiny.yaml"]
+    prepared = jobs.slurm.submit(*script, *words, **jobs.environment)
+    jobs.slurm.wait(prepared, "COMPLETED")
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {scenario.__name__: pool.submit(scenario, jobs) for scenario in SCENARIOS}
+        jobs.first_is_under_way.set()
+
+
+@pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
+def test_jobs(under_way: dict[str, Future[None]], name: str) -> None:
+    under_way[name].result()
+
+
+@pytest.mark.parametrize("name", ["limit", "preempted", "requeued"])
+def test_what_was_interrupted_equals_the_undisturbed_run(
+    jobs: Jobs, under_way: dict[str, Future[None]], name: str
+) -> None:
+    assert jobs.losses(name) == jobs.losses("tiny-1")
+
+
+def test_the_log_tells_what_one_needs(jobs: Jobs, under_way: dict[str, Future[None]]) -> None:
+    under_way["preempted"].result()
+    job, run = jobs.ids["preempted"], jobs.runs / "preempted"
+    log = jobs.slurm.log(job).splitlines()
+    for start in (0, 1):
+        first = log.index(f"job {job}, start {start}; nodes: 2 (n3 n4); ranks: 2, 1 a node")
+        assert log[first + 1] == f"run folder:    {run}, a log for each node in its logs/"
+        assert log[first + 2] == f"stop and save: scancel --signal=INT {job}"
+        resume = shlex.split(log[first + 3])
+        assert resume == ["resume:", "sbatch", "--nodes=2", TRAIN, *jobs.words("preempted")]
+        for node in ("n3", "n4"):
+            lines = (run / "logs" / f"{job}-{start}-{node}.log").read_text().splitlines()
+            assert lines[0] == f"{node}: 2 GPUs"  # all that the node has, by --exclusive
+            assert lines[1].startswith(f"{node}: {jobs.slurm.address(node)} by ")
+
+
+def test_shellcheck_is_content() -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    scripts = [str(path) for path in sorted((ROOT / "launch" / "slurm").iterdir())]
+    result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout

@@ -133,7 +133,7 @@ def _tensors(stored: Stored, kept: Sequence[Piece]) -> Iterator[tuple[str, Tenso
 
 
 def what_the_bias_does(stored: Stored, folder: str | None, batches: str) -> str:
-    """How many tokens of the validation set would meet another expert without the bias, or why that is not known."""
+    """How many validation tokens would meet another expert without the bias, and the loss, or why it is not known."""
     unknown = "tokens would meet other experts; how many was not counted"
     if batches == "none":
         return unknown
@@ -156,13 +156,18 @@ def what_the_bias_does(stored: Stored, folder: str | None, batches: str) -> str:
         without = torch.topk(x.float() @ router.weight.t(), router.top_k, dim=-1).indices
         turned.append((without.sort(-1).values != output[1].sort(-1).values).any(-1)[real])
 
-    for router in routers:
-        router.register_forward_hook(compare)
-    line = evaluate(model, corpus, config, batches if batches != "run" else config.eval.batches, World())
+    hooks = [router.register_forward_hook(compare) for router in routers]
+    count = batches if batches != "run" else config.eval.batches
+    line = evaluate(model, corpus, config, count, World())
+    for router, hook in zip(routers, hooks, strict=True):
+        hook.remove()
+        router.bias.zero_()
+    loss = evaluate(model, corpus, config, count, World())["loss"]
     layers, tokens = len(routers), line["tokens"]
     some = sum(int(torch.stack(turned[i : i + layers]).any(0).sum()) for i in range(0, len(turned), layers))
     choices = sum(int(each.sum()) for each in turned)
     return (
         f"{some:,} of {tokens:,} validation tokens ({some / tokens:.1%}) would meet another expert in some layer: "
-        f"{choices:,} of {tokens * layers:,} choices, in {line['stories']:,} stories"
+        f"{choices:,} of {tokens * layers:,} choices, in {line['stories']:,} stories; their loss would be {loss:.4f} "
+        f"instead of {line['loss']:.4f} nats per token"
     )

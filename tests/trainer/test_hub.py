@@ -10,10 +10,11 @@ from data.config import UserError
 from data.shards import Corpus
 from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
+from parallel.mesh import World
 from tests.trainer import cases
 from trainer import hub
 from trainer.checkpoint import digest
-from trainer.evaluate import load_model
+from trainer.evaluate import evaluate, load_model
 from trainer.hub_export import Stored
 from trainer.hub_import import Theirs, beginning
 from trainer.hub_names import differences, pieces, to_llama
@@ -115,7 +116,8 @@ def test_it_counts_the_tokens_that_the_bias_sends_elsewhere(runs, tmp_path, caps
     export(runs / "biased", tmp_path / "out", "--batches", "2")
     said = capsys.readouterr().out
     model, tokenizer, config = load_model(runs / "biased")
-    split = Corpus.open(config.data.dir).split("validation")
+    corpus = Corpus.open(config.data.dir)
+    split = corpus.split("validation")
     shard = split.shard(0)
     stories = [shard.tokens[shard.starts[i] : shard.starts[i + 1]].astype("int64") for i in range(4)]
     seen: list[torch.Tensor] = []
@@ -133,7 +135,11 @@ def test_it_counts_the_tokens_that_the_bias_sends_elsewhere(runs, tmp_path, caps
         some, choices, tokens = some + int(moved.any(0).sum()), choices + int(moved.sum()), tokens + moved.shape[1]
     assert choices > 0
     assert f"without the bias {some:,} of {tokens:,} validation tokens" in said
-    assert f"{choices:,} of {3 * tokens:,} choices, in 4 stories" in said
+    assert f"{choices:,} of {3 * tokens:,} choices, in 4 stories; their loss would be " in said
+    for block in model.blocks:
+        block.feed_forward.router.bias.zero_()
+    losses = [evaluate(m, corpus, config, 2, World())["loss"] for m in (model, load_model(runs / "biased")[0])]
+    assert f"would be {losses[0]:.4f} instead of {losses[1]:.4f} nats per token" in said and losses[0] != losses[1]
 
 
 def test_a_bias_without_its_corpus_is_exported_and_said_so(runs, tmp_path, capsys):

@@ -235,8 +235,10 @@ class Watch:
             return error
         try:
             return self._verdict(error, self._store)
-        except RuntimeError:  # the store is gone with torchrun
-            return error
+        except RuntimeError:  # the store is gone, and who kept it
+            keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+            lost = RankFailed(f"{self.place}: {keeper} of the first machine is gone, or the way to it")
+            return lost if _of_the_network(error) else error
 
     def _verdict(self, error: Exception, store: "Store") -> Exception:
         code = 2 if isinstance(error, UserError) else 1

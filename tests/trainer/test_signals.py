@@ -205,14 +205,14 @@ def by_hand(command, tmp_path, rank, port):
 
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_before_the_timeout(corpus_dir, tmp_path):
-    words = cases.words(corpus_dir, tmp_path, "run.name=h", "train.steps=100000", "run.timeout=10")
+    words = cases.words(corpus_dir, tmp_path, "run.name=h", "train.steps=100000", "run.timeout=30")
     port, command = free_port(), ["-m", "trainer.main", *words]
     with by_hand(command, tmp_path, 0, port) as first, by_hand(command, tmp_path, 1, port) as second:
         first.wait_for(lambda: count(tmp_path / "h" / "metrics.jsonl") > 3, "steps")
         os.kill(second.pid, signal.SIGSTOP)
         assert first.ends() == 1
         line = first.err.strip().splitlines()[-1]
-        assert "no rank has moved for" in line and "(run.timeout=10)" in line and line.startswith("step ")
+        assert "no rank has moved for" in line and "(run.timeout=30)" in line and line.startswith("step ")
         assert "behind: rank 1 (step" in line and "no sign of life" in line and "waiting: rank 0 (step" in line
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig, RopeScaling
+from model.norm import rms_norm
 from model.segments import Groups, Past, segmented
 
 
@@ -121,14 +122,15 @@ class Attention(nn.Module):
     def project(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, D) -> q (B, S, H, head_dim), k, v (B, S, KV, head_dim)."""
         qkv = F.linear(x, self.wqkv.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        wide = torch.promote_types(x.dtype, torch.float32)
         if self.rope:
-            qk = rotate(qkv[:, :, : self.heads + self.kv_heads], turn)
+            qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+            qk = rotate(qk, turn)
             if self.config.qk_norm:
-                qk = F.rms_norm(qk.to(wide), (self.head_dim,), eps=self.config.norm_eps).to(x.dtype)
-            q, k = qk.split((self.heads, self.kv_heads), dim=2)
-        elif self.config.temperature_tuning:
+                qk = rms_norm(qk, None, self.config.norm_eps)
+            return *qk.split((self.heads, self.kv_heads), dim=2), v
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.config.temperature_tuning:
+            wide = torch.promote_types(x.dtype, torch.float32)
             steps = torch.floor((positions.to(wide) + 1) / self.config.temperature_floor)
             scale = torch.log1p(steps) * self.config.temperature_scale + 1
             q = (q * scale[..., None, None]).to(x.dtype)

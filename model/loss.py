@@ -49,20 +49,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
             logits = (h @ weight.t()).to(wide)
-            real = t != IGNORE
-            chosen = t.clamp(min=0)[:, None]
-            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += ((log_z - logits.gather(1, chosen))[:, 0] * real).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                logits.sub_(log_z).exp_()
-                logits.scatter_add_(1, chosen, torch.full_like(log_z, -1.0))
-                logits.mul_(real[:, None])
-                d = logits.to(h.dtype)
-                torch.mm(d, weight, out=grad_hidden[start : start + rows])
-                if d.dtype == wide:
-                    grad_weight.addmm_(d.t(), h)
-                else:
-                    grad_weight += d.t() @ h
+            real, chosen = (t != IGNORE)[:, None], t.clamp(min=0)[:, None]
+            if grad_hidden is None or grad_weight is None:
+                loss -= (torch.log_softmax(logits, dim=-1).gather(1, chosen) * real).sum()
+                continue
+            p = torch.softmax(logits, dim=-1)
+            # log p of the likeliest word is known well, however unlikely the target is: one exponential for each logit
+            below = logits.amax(-1, keepdim=True) - logits.gather(1, chosen)
+            loss += ((below - p.amax(-1, keepdim=True).log()) * real).sum()
+            p.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide))
+            d, h = p.to(h.dtype), h * real  # what does not count is left out where rows are short
+            torch.mm(d, weight, out=grad_hidden[start : start + rows])
+            grad_hidden[start : start + rows] *= real
+            if d.dtype == wide:
+                grad_weight.addmm_(d.t(), h)
+            else:
+                grad_weight += d.t() @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

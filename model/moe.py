@@ -18,8 +18,34 @@ from model.random import fold, normal
 NOISE = 3  # the router's site among the random numbers of a layer; 0 to 2 are dropout's
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """x (..., 2F), gate and up -> silu(gate) * up (..., F), arXiv:2002.05202. Keeps x alone for the backward."""
+    if torch.compiler.is_compiling():  # which makes one kernel of it, and decides itself what to keep
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return _SwiGLU.apply(x)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        to_gate, to_up = out.chunk(2, dim=-1)  # written in place: no copy joins them
+        torch.mul(F.silu(gate), grad, out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return out
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202): the dense block's, and the shared expert's, in two halves."""
+    """The dense block's, and the shared expert's: SwiGLU, in two halves."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -28,8 +54,7 @@ class FeedForward(nn.Module):
 
     def widen(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., F)."""
-        gate, up = F.linear(x, self.gate_up.to(x.dtype)).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return swiglu(F.linear(x, self.gate_up.to(x.dtype)))
 
     def narrow(self, hidden: Tensor) -> Tensor:
         """hidden (..., F) -> (..., D)."""
@@ -112,8 +137,7 @@ class Experts(nn.Module):
         return self.swiglu(rows, counts)
 
     def swiglu(self, rows: Tensor, counts: Tensor) -> Tensor:
-        gate, up = grouped_product(rows, self.gate_up, counts).chunk(2, dim=-1)
-        return grouped_product(F.silu(gate) * up, self.down, counts)
+        return grouped_product(swiglu(grouped_product(rows, self.gate_up, counts)), self.down, counts)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from model.attention import Attention, KVCache, Places
 from model.config import ModelConfig
 from model.loss import IGNORE, Loss, full_logits, linear_cross_entropy
 from model.moe import FeedForward, MoE
+from model.norm import RMSNorm
 from model.random import Window, dropout, fold, initial_normal
 
 EMBEDDING, ATTENTION, FEED_FORWARD = 0, 1, 2  # the sites of dropout
@@ -28,19 +29,6 @@ class Output(NamedTuple):
     loads: Tensor  # (MoE layers, E) int64: real tokens sent to each expert
     penalty: Tensor  # what the routers' auxiliary and z-loss add to the loss, a sum like it
     statistics: Tensor  # (MoE layers, 3), see `moe.Routing`
-
-
-class RMSNorm(nn.Module):
-    """arXiv:1910.07467, computed in fp32 at least."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class Embedding(nn.Module):

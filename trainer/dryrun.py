@@ -6,6 +6,7 @@ import torch
 
 from data.config import dump
 from data.loader import Share
+from model.config import ModelConfig
 from parallel import mesh
 from parallel.experts import Owners
 from parallel.mesh import Degrees, World
@@ -66,15 +67,22 @@ def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, d: Degree
         block = dense // model.n_layers + (slots // max(1, moe) if d.rest > 1 else 0)
         gathered = 2 * dtype.itemsize * max(block, vocab_size * model.dim)
     tokens = rows * config.data.seq_len
-    attention = 6 * model.dim + 2 * model.head * (model.n_heads + 2 * model.kv_heads)
-    hidden = model.expert_dim * (4 * model.top_k + 4 * model.shared_expert)
-    if train.recompute != "none":  # what is kept of a part is what goes into it
-        attention, hidden = 2 * model.dim, model.expert_dim * (4 if train.recompute == "selective" else 1)
-    width = attention + hidden + (4 + 2 * model.top_k) * model.dim
-    return state + grads + gathered + tokens * width * model.n_layers * dtype.itemsize + tokens * model.dim * 16
+    layers = sum(kept_numbers(model, layer, train.recompute) for layer in range(model.n_layers))
+    activations = tokens * (layers * dtype.itemsize + 16 * model.dim)
+    return state + grads + gathered + activations
+
+
+def kept_numbers(model: ModelConfig, layer: int, recompute: str) -> int:
+    """Numbers a token that a block keeps from its forward to its backward (docs/parallel.md has the table)."""
+    d, heads = model.dim, 4 * model.head * (model.n_heads + model.kv_heads)
+    none, full = recompute == "none", recompute == "full"
+    attention = 2 * d + heads if none else d
+    if not model.is_moe(layer):
+        return attention + 2 * d + (0 if full else 3 * model.ffn_dim)
+    routed = model.top_k * (d if full else 2 * d) + (3 * model.top_k * model.expert_dim if none else 0)
+    shared = model.expert_dim * (1 if full else 3) if model.shared_expert else 0
+    return attention + 2 * d + routed + shared
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-

@@ -2,7 +2,8 @@
 
 The definition is that of the usual yardstick for such trainers: every matrix product of the forward and both of the
 backward at its own shape, tokens spread evenly over the experts, each product by the faster of one batched call and
-one call for each expert; fused attention forward and backward; fused AdamW over as many parameters.
+one call for each expert; fused attention forward and backward; all that in one dtype, and fused AdamW in fp32 over as
+many parameters.
 """
 
 import time
@@ -16,11 +17,11 @@ from model.config import ModelConfig
 Job = Callable[[], object]
 
 
-def products(m: int, k: int, n: int, count: int = 1) -> list[Job]:
+def products(m: int, k: int, n: int, count: int = 1, dtype: torch.dtype = torch.float32) -> list[Job]:
     """x (m, k) times w (k, n), and the gradients of both, `count` times over."""
-    x, grad, weight = torch.randn(count, m, k), torch.randn(count, m, n), torch.randn(count, n, k)
+    x, grad, weight = (torch.randn(count, *shape).to(dtype) for shape in ((m, k), (m, n), (n, k)))
     return [
-        fastest(a, b, torch.empty(count, a.shape[1], b.shape[2]))
+        fastest(a, b, torch.empty(count, a.shape[1], b.shape[2], dtype=dtype))
         for a, b in ((x, weight.transpose(1, 2)), (grad, weight), (grad.transpose(1, 2), x))
     ]
 
@@ -47,33 +48,37 @@ def fastest(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Job:
     return min((at_once, one_by_one), key=cost)
 
 
-def block_products(config: ModelConfig, layer: int, tokens: int) -> list[Job]:
+def block_products(config: ModelConfig, layer: int, tokens: int, dtype: torch.dtype) -> list[Job]:
     """Those of one block, without attention itself."""
     d, heads = config.dim, config.head * (config.n_heads + 2 * config.kv_heads)
-    jobs = products(tokens, d, heads) + products(tokens, config.head * config.n_heads, d)
+    jobs = products(tokens, d, heads, dtype=dtype) + products(tokens, config.head * config.n_heads, d, dtype=dtype)
     if not config.is_moe(layer):
-        return jobs + products(tokens, d, 2 * config.ffn_dim) + products(tokens, config.ffn_dim, d)
-    return jobs + moe_products(config, tokens)
+        return jobs + feed_forward(tokens, d, config.ffn_dim, dtype=dtype)
+    return jobs + moe_products(config, tokens, dtype)
 
 
-def moe_products(config: ModelConfig, tokens: int) -> list[Job]:
+def feed_forward(tokens: int, d: int, f: int, count: int = 1, dtype: torch.dtype = torch.float32) -> list[Job]:
+    """Those of `count` SwiGLUs of `tokens` each."""
+    return products(tokens, d, 2 * f, count, dtype) + products(tokens, f, d, count, dtype)
+
+
+def moe_products(config: ModelConfig, tokens: int, dtype: torch.dtype = torch.float32) -> list[Job]:
     """Router, shared expert, and the routed ones, each with its even share of the tokens."""
     d, f, e = config.dim, config.expert_dim, config.n_experts
-    jobs = products(tokens, d, e)
-    if config.shared_expert:
-        jobs += products(tokens, d, 2 * f) + products(tokens, f, d)
-    share = tokens * config.top_k // e
-    return jobs + products(share, d, 2 * f, e) + products(share, f, d, e)
+    shared = feed_forward(tokens, d, f, dtype=dtype) if config.shared_expert else []
+    return products(tokens, d, e, dtype=dtype) + shared + feed_forward(tokens * config.top_k // e, d, f, e, dtype)
 
 
-def step(config: ModelConfig, vocab_size: int, batch: int, length: int) -> Callable[[], None]:
+def step(
+    config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """A whole training step of `batch` rows of `length` tokens."""
     tokens, jobs = batch * length, list[Job]()
-    q = torch.randn(batch, config.n_heads, length, config.head, requires_grad=True)
+    q = torch.randn(batch, config.n_heads, length, config.head).to(dtype).requires_grad_()
     for layer in range(config.n_layers):
-        jobs += block_products(config, layer, tokens)
+        jobs += block_products(config, layer, tokens, dtype)
         jobs.append(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward())
-    jobs += products(tokens, config.dim, vocab_size)
+    jobs += products(tokens, config.dim, vocab_size, dtype=dtype)
     count, _ = config.parameter_counts(vocab_size)
     parameters = [torch.randn(n, requires_grad=True) for n in [1 << 20] * (count >> 20) + [count % (1 << 20)]]
     for parameter in parameters:

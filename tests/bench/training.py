@@ -1,15 +1,20 @@
-"""A training step of this trainer against its floor."""
+"""A training step of this trainer against its floor, and against transformers' fastest mixture of experts."""
 
+import functools
+import importlib.util
+import sys
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from model.config import ModelConfig
 from parallel import fsdp
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
+from tests.pool import Pool
 from trainer.config import TrainConfig
-from trainer.machine import keep_freed_memory
+from trainer.machine import _bf16_pays, keep_freed_memory
 from trainer.optimizer import make_optimizer
 
 SIZES = {  # vocabulary, rows, tokens a row, and the model
@@ -18,11 +23,12 @@ SIZES = {  # vocabulary, rows, tokens a row, and the model
     "medium": (8192, 4, 512, ModelConfig(
         dim=768, n_layers=2, n_heads=8, expert_dim=2048, ffn_dim=4096, n_experts=31)),
 }  # fmt: skip
+Step = Callable[[], None]
 
 
-def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int) -> Callable[[], None]:
-    """Forward, backward and AdamW of this trainer's model, in fp32, on one process."""
-    model = fsdp.build(config, vocab_size, 0, torch.device("cpu"), torch.float32, None).train()
+def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Step:
+    """Forward, backward and AdamW of this trainer's model, on one process."""
+    model = fsdp.build(config, vocab_size, 0, torch.device("cpu"), dtype, None).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     tokens = torch.randint(0, vocab_size, (batch, length))
 
@@ -36,15 +42,83 @@ def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int) -> C
     return run
 
 
+def transformers_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype) -> Step:
+    """The same of Qwen2-MoE, transformers' model that is nearest and groups its experts' products; bf16 by autocast.
+
+    Its tokens go to the experts in turns, whatever its weights say, so that all experts work.
+    """
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        vocab_size=vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers, use_cache=False,
+        num_attention_heads=config.n_heads, num_key_value_heads=config.kv_heads, intermediate_size=config.ffn_dim,
+        moe_intermediate_size=config.expert_dim, shared_expert_intermediate_size=config.expert_dim,
+        num_experts=config.n_experts, num_experts_per_tok=config.top_k, decoder_sparse_step=config.moe_every,
+        max_position_embeddings=config.max_seq_len, output_router_logits=False, experts_implementation="grouped_mm",
+    )).train()  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(0, vocab_size, (batch, length))
+
+    def run() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), InTurns(config.n_experts):
+            logits = model(input_ids=tokens).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+class InTurns(torch.overrides.TorchFunctionMode):
+    """topk over the experts picks one after the other."""
+
+    def __init__(self, n_experts: int) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.n_experts:
+            index = torch.arange(out.indices.numel()).view_as(out.indices) % self.n_experts
+            return torch.return_types.topk((args[0].gather(-1, index), index))
+        return out
+
+
+@functools.cache
+def _peer(size: str, dtype: torch.dtype) -> Step:
+    vocab_size, batch, length, config = SIZES[size]
+    return transformers_step(config, vocab_size, batch, length, dtype)
+
+
+def peer(size: str, dtype: torch.dtype, threads: int, keep: bool) -> None:
+    """A step of transformers in a process of its own, with this trainer's settings of the allocator if `keep`."""
+    torch.set_num_threads(threads)
+    if keep:
+        keep_freed_memory()
+    _peer(size, dtype)()
+
+
 def measure(repeats: int) -> list[Figure]:
+    """All figures of the step, in fp32, and in bf16 where that is faster at all; two models at a time in memory."""
     keep_freed_memory()
+    dtypes = [torch.float32, torch.bfloat16] if _bf16_pays() else [torch.float32]
+    if len(dtypes) == 1:
+        print("no figures in bf16: on this machine its products are not faster than fp32's", file=sys.stderr)
+    peers = {"speed over transformers' grouped Qwen2-MoE": False, "that with this trainer's allocator settings": True}
     figures = []
-    for name, (vocab_size, batch, length, config) in SIZES.items():
-        cases = {
-            "ours": our_step(config, vocab_size, batch, length),
-            "floor": floor.step(config, vocab_size, batch, length),
-        }
-        times = in_turns(cases, repeats if name == "small" else max(3, repeats // 3))
-        what = f"training step, {name} ({batch * length:,} tokens, dim {config.dim}, {config.n_layers} layers), fp32"
-        figures.append(figure(what, times["ours"], times["floor"], "share of its floor's speed", "0.80", True))
+    for size, (vocab_size, batch, length, config) in SIZES.items():
+        rounds = repeats if size == "small" else max(3, repeats // 3)
+        for dtype in dtypes:
+            ours = our_step(config, vocab_size, batch, length, dtype)
+            times = in_turns({"ours": ours, "floor": floor.step(config, vocab_size, batch, length, dtype)}, rounds)
+            what = f"training step, {size} ({batch * length:,} tokens, dim {config.dim}, {config.n_layers} layers), "
+            what += str(dtype).removeprefix("torch.")
+            figures.append(figure(what, times["ours"], times["floor"], "share of its floor's speed", "0.80", True))
+            for meaning, keep in peers.items() if importlib.util.find_spec("transformers") else ():  # extra `hub`
+                pool, keys = Pool(), dict(size=size, dtype=dtype, threads=torch.get_num_threads(), keep=keep)
+                other = functools.partial(pool.run, 1, "tests.bench.training:peer", timeout=600, **keys)
+                times = in_turns({"ours": ours, "peer": other}, rounds)
+                pool.close()
+                figures.append(figure("the same", times["ours"], times["peer"], meaning, "1.05", True))
     return figures

@@ -148,12 +148,13 @@ def watch_parent() -> None:
 def end_launcher() -> None:
     """Keep torchrun from starting its workers again: what happened would happen again, or was not asked for.
 
-    One rank asks it to end; the others wait for that, since the first to fail would be the reason to start again.
+    One rank asks it to end, by SIGHUP, since batch scripts take SIGTERM for the cluster's; the others wait for that,
+    since the first to fail would be the reason to start again.
     """
     if restarts_left() <= 0:
         return
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGHUP)
     ASKED.wait(5)
 
 

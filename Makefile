@@ -30,7 +30,7 @@ $(installed): setup.cfg constraints.txt
 train: $(installed)
 	@start=$$(date +%s); $(python) -m data.prepare --config $(CONFIG) $(ARGS) && \
 	echo "prepare: $$(($$(date +%s) - start)) s"
-	@exec $(python) -m launch.local --nproc_per_node=$(N) -m trainer.main --config $(CONFIG) $(ARGS)
+	@exec $(python) -m launch.torchrun --nproc_per_node=$(N) -m trainer.main --config $(CONFIG) $(ARGS)
 
 test: $(installed)
 	@$(python) -m pytest $(ARGS)

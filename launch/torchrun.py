@@ -1,42 +1,64 @@
-"""torchrun, calmer: a line where it would print a traceback, and no warnings when nodes end one after another.
+"""torchrun with the flags that let a run be stopped and started again, as `make train` and launch/slurm/ start it.
 
     python -m launch.torchrun --nproc_per_node=2 -m trainer.main --config launch/tiny.yaml
 
-Each node of a job would print those at every stop. Exit codes: 128 + N when signal N ended it and its workers, 1 when a
-worker failed or the nodes did not meet.
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 reach the workers, which save and end. On one machine a worker that is killed is
+started again with the others, from the last checkpoint. What torchrun has to say about all that, with tracebacks of its
+own, is left out. For several machines add --nnodes and --rdzv_endpoint, as torchrun wants them.
 """
 
 import logging
 import os
 import signal
 import sys
+import time
+from collections.abc import Sequence
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
-def run() -> int:
+def flags(alone: bool) -> list[str]:
+    """torchrun's, before those of the user."""
+    heard = [n for n in SIGNALS if n != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN]  # as under nohup
+    common = [f"--signals-to-handle={','.join(heard)}", "--shutdown-timeout=600"]
+    return [*common, "--standalone", "--max-restarts=3"] if alone else common
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs until the workers end. 0: done; 1: failed, or stopped by a signal; 130: by Ctrl-C, which alone is 0."""
+    alone = not any(word.startswith("--rdzv") for word in words)
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
-    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # read while torch is imported; not for the workers
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # without its advice on OMP_NUM_THREADS
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # nor on machines that end one after another
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
+    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.run import main
 
-    if level is None:
+    if level is None:  # it was read, and is not for the workers
         del os.environ["TORCH_CPP_LOG_LEVEL"]
-    if "LOGLEVEL" not in os.environ:
-        logging.disable(logging.WARNING)
+    logging.getLogger("torch.distributed").setLevel(os.environ["LOGLEVEL"])
+    start = time.monotonic()
     try:
-        main()
-    except SignalException as error:
-        print(f"torchrun: ended by {signal.Signals(error.sigval).name}, after its workers", file=sys.stderr)
-        return 128 + error.sigval
+        run.run(run.parse_args([*flags(alone), *words]))
+    except SignalException as stop:
+        once = not isinstance(stop.__context__, SignalException)
+        return 1 if stop.sigval != signal.SIGINT or not once else 0 if alone else 130
+    except KeyboardInterrupt:  # before there were workers
+        return 130
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return 1
     except RendezvousError as error:
         print(f"torchrun: {error} {error.__cause__ or ''}", file=sys.stderr)
         return 1
+    if alone:
+        print(f"train: {time.monotonic() - start:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main(sys.argv[1:]))

@@ -30,9 +30,8 @@ fi
 echo "$SLURMD_NODENAME: $address by $device, meeting at $HEAD_ADDR:$HEAD_PORT"
 
 is_host=$([ "$SLURMD_NODENAME" = "$HEAD" ] && echo true || echo false)
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # after a restart ranks would find addresses of dead ones in a shared store
 exec python -m launch.torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$NPROC" \
     --rdzv_backend=c10d --rdzv_id="$RENDEZVOUS" --rdzv_endpoint="$HEAD_ADDR:$HEAD_PORT" --local_addr="$address" \
     --rdzv_conf="is_host=$is_host,read_timeout=300" --max_restarts="${MAX_RESTARTS:-0}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout="${SAVE_SECONDS:-120}" \
+    --shutdown-timeout="${SAVE_SECONDS:-120}" \
     -m trainer.main "$@"

@@ -230,9 +230,9 @@ def read_small(path: Path, record: Record) -> bytes:
     return bytes(read(path, record, 0, len(record["crc32"]), pages(record["size"])))
 
 
-def flush(folder: Path) -> None:
-    """Make the names in a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file's content, or the names in a folder, last."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.moe import Router
 from parallel.mesh import World
-from trainer import checkpoint, machine, storage
+from trainer import blocks, checkpoint, machine, storage
 from trainer.blocks import Damaged
 from trainer.evaluate import evaluate, load_model
 from trainer.hub_files import CONFIG, Entry, Folder, write_json, write_shards
@@ -121,6 +121,8 @@ def _write(stored: Stored, folder: Path, dtype: str, limit: int, plain: bool) ->
         shutil.copyfile(tokenizer.path, folder / checkpoint.TOKENIZER)
         written += f"; tokenizer.model, but no tokenizer.json: {error}"
     fits(Folder(folder), config, vocab_size)
+    for path in [*folder.iterdir(), folder]:
+        blocks.flush(path)
     return written
 
 

@@ -8,11 +8,10 @@ one piece of one tensor at a time.
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +23,6 @@ from model.random import Window
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SMALL = 1 << 26  # bytes of a JSON file, at most
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-READABLE = ("F32", "BF16", "F16", "F64")
 BUFFER = 1 << 24  # bytes that are cast and written at a time
 
 
@@ -35,6 +33,7 @@ class Folder:
         self.path = path
         self.config = read_json(path / CONFIG)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors spells them: F32, BF16
         self._files: dict[str, Any] = {}  # of each tensor
         for name in self._names():
             self._open(name)
@@ -55,27 +54,26 @@ class Folder:
                 if tensor in self._files:
                     raise UserError(f"{path}: {tensor} is in another file too")
                 self._files[tensor] = file
-                self.shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+                part = file.get_slice(tensor)
+                self.shapes[tensor], self.dtypes[tensor] = tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
 
     def _inside(self, name: str) -> Path:
         """The path of a plain file name. A link may lead to where the hub's own cache keeps files, nowhere else."""
         path, home = self.path / name, self.path.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
             raise UserError(f"{self.path / INDEX}: {name!r} is no plain file name")
         if not path.is_file():
             raise UserError(f"{path}: no such file" + ("" if name != SINGLE else f", and no {INDEX}"))
-        if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+        if path.resolve().parent not in (home, blobs):
             raise UserError(f"{path}: a link that leads out of the folder")
         return path
 
     def read(self, name: str, window: Window) -> Tensor:
-        """`window` of a tensor. Raises UserError for types that are no plain floats."""
-        part = self._files[name].get_slice(name)
-        if part.get_dtype() not in READABLE:
-            raise UserError(f"{self.path}: {name} is {part.get_dtype()}; weights are read as {', '.join(READABLE)}")
-        return part[tuple(slice(a, b) for a, b in window)]
+        """`window` of a tensor."""
+        return self._files[name].get_slice(name)[tuple(slice(a, b) for a, b in window)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def write_shards(folder: Path, entries: Sequence[Entry], content: Iterable[tuple
     for number, file in enumerate(files, start=1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         header, places = file.layout()
-        with _flushed(folder / name) as out:
+        with (folder / name).open("wb") as out:
             out.write(header)
             out.truncate(len(header) + file.size)
             for entry in file.entries:
@@ -168,11 +166,3 @@ def write_shards(folder: Path, entries: Sequence[Entry], content: Iterable[tuple
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor by flat runs of BUFFER bytes."""
     return iter(tensor.contiguous().flatten().split(BUFFER // tensor.dtype.itemsize))
-
-
-@contextmanager
-def _flushed(path: Path) -> Iterator[BinaryIO]:
-    with path.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())

@@ -24,6 +24,8 @@ from trainer.hub_files import CONFIG, Folder
 from trainer.hub_names import differences, from_llama, pieces, whole_shapes
 from trainer.saver import Saver
 
+FLOATS = ("F32", "BF16", "F16", "F64")
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -92,6 +94,8 @@ def fits(folder: Folder, config: ModelConfig, vocab_size: int, prefix: str = "")
             raise UserError(f"{folder.path}: {name} is missing")
         if shape is not None and shape != piece.shape:
             raise UserError(f"{folder.path}: {name} has shape {shape}, {CONFIG} says {piece.shape}")
+        if shape is not None and folder.dtypes[name] not in FLOATS:
+            raise UserError(f"{folder.path}: {name} is {folder.dtypes[name]}; weights are {', '.join(FLOATS)}")
     for name in folder.shapes:
         if name.startswith(prefix) and name not in wanted:
             raise UserError(f"{folder.path}: {name} has no place in this model")

@@ -27,7 +27,6 @@ from trainer.config import Config
 from trainer.evaluate import describe, evaluate
 from trainer.faults import RankFailed, StopFlag, Stopped, clear_mark, leave_mark, memory_error, sibling_gone
 from trainer.generate import Sampling, text_of
-from trainer.hub_import import beginning
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
 from trainer.saver import Saver
@@ -41,6 +40,7 @@ from trainer.start import (
     open_corpus,
     state_of,
     take_folder,
+    weights_of_another,
 )
 from trainer.step import train_step
 from trainer.watch import Watch
@@ -107,9 +107,7 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
             hint = "set run.name= for another run, train.steps= to go on"
             print(f"{config.run.folder}: finished at step {found.step}; {hint}")
         return 0
-    weights = None
-    if found is None and config.train.init_from is not None:
-        weights = beginning(config.train.init_from, config.model, tokenizer.vocab_size)
+    weights = weights_of_another(config, tokenizer) if found is None else None
     watch.mark("building the model")
     report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
     at_end.callback(report.close)

@@ -21,7 +21,7 @@ from trainer import checkpoint, machine
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.faults import Spikes, StopFlag
-from trainer.hub_import import Beginning
+from trainer.hub_import import Beginning, beginning
 from trainer.hub_names import OF_TRAINING
 from trainer.lock import Lock, sees
 from trainer.metrics import Reporter
@@ -144,6 +144,20 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
             "checkpoint.allow_other_corpus=true"
         )
     return found, why
+
+
+def weights_of_another(config: Config, tokenizer: Tokenizer) -> Beginning | None:
+    """What train.init_from names, if anything. On all ranks together, for one may not see it. Raises UserError."""
+    if config.train.init_from is None:
+        return None
+    weights, why = None, None
+    try:
+        weights = beginning(config.train.init_from, config.model, tokenizer.vocab_size)
+    except UserError as error:
+        why = str(error)
+    if why := mesh.agree(next(filter(None, mesh.gather(why)), None)):
+        raise UserError(why)
+    return weights
 
 
 def notes_on(manifest: dict[str, Any], run: "Run", threads: int) -> list[str]:

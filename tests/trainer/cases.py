@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from data.config import UserError
+from data.shards import Corpus
 from model.config import ModelConfig
 from model.moe import Router
 from model.transformer import Transformer
@@ -27,7 +28,7 @@ from trainer.loop import train
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
 from trainer.saver import Saver
-from trainer.start import Run, degrees, open_corpus
+from trainer.start import Run, degrees, open_corpus, weights_of_another
 from trainer.step import train_step
 
 MODEL = ["model.dim=16", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16", "model.n_experts=5"]
@@ -81,6 +82,17 @@ def begun(places: list[str], run: str, expert: int) -> list[str]:
         beginning(place, c.model, tokenizer.vocab_size).fill(model)
         done.append(digest(model))
     return done
+
+
+def one_is_blind(corpus: str, place: str, more: list[str]) -> str:
+    """What each rank says of a folder to begin with that rank 1 does not have."""
+    where = place + "-gone" * (World.from_environment().rank == 1)
+    c = config(Path(corpus), Path("none"), *more, f"train.init_from={where}")
+    try:
+        weights_of_another(c, Corpus.open(corpus).tokenizer())
+    except UserError as error:
+        return str(error)
+    return "nothing"
 
 
 def losses(folder: Path) -> list[float]:

@@ -120,7 +120,7 @@ def test_it_counts_the_tokens_that_the_bias_sends_elsewhere(runs, tmp_path, caps
     split = corpus.split("validation")
     shard = split.shard(0)
     stories = [shard.tokens[shard.starts[i] : shard.starts[i + 1]].astype("int64") for i in range(4)]
-    seen: list[torch.Tensor] = []
+    seen = []
     for block in model.blocks:
         router = block.feed_forward.router
         router.register_forward_hook(
@@ -305,6 +305,12 @@ def test_another_model_is_refused_by_its_settings(runs, corpus_dir, tmp_path, wo
         cases.run(corpus_dir, tmp_path, *first, *words)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_one_process_does_not_see_ends_all_of_them(pool, runs, corpus_dir):
+    place, words = str(runs / "biased"), [*UNLIKE, *KINDS["biased"][0]]
+    said = pool.run(2, "tests.trainer.cases:one_is_blind", corpus=str(corpus_dir), place=place, more=words)
+    assert said[0] == said[1] and said[0].startswith(f"train.init_from={place}-gone: no such folder")
 
 
 def test_settings_that_change_what_is_computed_are_told(runs, tmp_path):

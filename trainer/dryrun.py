@@ -7,6 +7,7 @@ import torch
 from data.config import dump
 from data.loader import Share
 from model.config import ModelConfig
+from model.loss import CHUNK_LOGITS, CHUNK_TOKENS
 from parallel import mesh
 from parallel.experts import Owners
 from parallel.mesh import Degrees, World
@@ -69,7 +70,8 @@ def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, d: Degree
     tokens = rows * config.data.seq_len
     layers = sum(kept_numbers(model, layer, train.recompute) for layer in range(model.n_layers))
     activations = tokens * (layers * dtype.itemsize + 16 * model.dim)
-    return state + grads + gathered + activations
+    head = 4 * (vocab_size * model.dim + 2 * max(CHUNK_TOKENS * vocab_size, CHUNK_LOGITS))  # its gradient, some logits
+    return state + grads + gathered + activations + head
 
 
 def kept_numbers(model: ModelConfig, layer: int, recompute: str) -> int:

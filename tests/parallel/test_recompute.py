@@ -46,14 +46,16 @@ def test_each_mode_keeps_less_and_what_the_plan_says(layer, keys):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("keys", [{}, {"top_k": 2, "aux_loss_weight": 0.1, "noisy_top_k": True}])
-def test_loss_and_gradients_stay(mode, keys):
+@pytest.mark.parametrize("documents", [None, torch.arange(LENGTH).ge(torch.arange(ROWS)[:, None] * 7).long()])
+@pytest.mark.parametrize("keys", [{}, {"top_k": 2, "aux_loss_weight": 0.1, "noisy_top_k": True, "attention_chunk": 9}])
+def test_loss_and_gradients_stay(mode, keys, documents):
+    """With dropout everywhere, within documents and chunks too."""
     tokens = torch.randint(0, 40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     random, shares, results = sequence_keys(0, 0, torch.arange(ROWS)), torch.full((1, 4), 0.25), []
     for one in ("none", mode):
         model = build(one, dropout=0.1, attention_dropout=0.1, **keys)
         torch.manual_seed(5)  # of attention's dropout, which the second run must draw alike
-        output = model(tokens, tokens, keys=random, shares=shares)
+        output = model(tokens, tokens, documents=documents, keys=random, shares=shares)
         (output.loss + output.penalty).backward()
         results.append((output.loss, output.loads, [p.grad for p in model.parameters()]))
     (loss, loads, grads), (loss_again, loads_again, grads_again) = results

@@ -72,7 +72,7 @@ def test_another_data_package_is_noticed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "scout"])
+@pytest.mark.parametrize("name", ["tiny", "scout", "scout-17b-16e"])
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, name):
     words = ["--config", str(ROOT / "launch" / f"{name}.yaml"), "--dry-run", f"run.dir={tmp_path}/runs"]
     result = call(*words, f"data.dir={tmp_path}/none", WORLD_SIZE="8", LOCAL_WORLD_SIZE="8")
@@ -82,6 +82,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, name):
     if name == "scout":
         assert "1,276," in result.stdout  # about 1.2 billion parameters
         assert "262,144 tokens: 2 micro-batches of 16 rows a rank, 0 filler rows" in result.stdout
+    if name == "scout-17b-16e":  # the counts of transformers' Llama4ForCausalLM for the published config
+        assert "107,769,861,120 in all, 17,172,894,720 active a token" in result.stdout
     assert not list(tmp_path.iterdir())
 
 

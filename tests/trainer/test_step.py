@@ -78,13 +78,14 @@ def test_five_steps_in_fp64_agree_to_the_last_digits(pool, corpus_dir, alone_ste
         compare(pool.run(world, STEPS, corpus=str(corpus_dir), cases=[case])[0][0], want, 1e-10)
 
 
-ROUTERS = ["model.aux_loss_weight=0.01", "model.z_loss_weight=0.001", "model.noisy_top_k=true", "model.top_k=2"]
+OPTIONS = ["model.aux_loss_weight=0.01", "model.z_loss_weight=0.001", "model.noisy_top_k=true", "model.top_k=2"]
+OPTIONS += ["data.mask_documents=true", "model.attention_chunk=20"]
 
 
 @pytest.mark.slow
 def test_options_change_no_result_by_layout(pool, corpus_dir, alone_steps):
-    """Auxiliary loss, z-loss and noise; recomputation; no overlap; one micro-batch or several; reduced at each."""
-    want, seed = alone_steps("float64", *ROUTERS)
+    """Router losses, noise, documents; recomputation; no overlap; one micro-batch or several; reduced at each."""
+    want, seed = alone_steps("float64", *OPTIONS)
     layouts = [
         [],
         ["train.recompute=full", "train.reduce=every"],
@@ -92,10 +93,10 @@ def test_options_change_no_result_by_layout(pool, corpus_dir, alone_steps):
         ["train.micro_batch_size=6"],
         ["train.micro_batch_size=1", "train.recompute=full"],
     ]
-    wanted = [("float64", [*ROUTERS, seed, "parallel.expert=2", *layout]) for layout in layouts]
+    wanted = [("float64", [*OPTIONS, seed, "parallel.expert=2", *layout]) for layout in layouts]
     for got in pool.run(2, STEPS, corpus=str(corpus_dir), cases=wanted)[0]:
         compare(got, want, 1e-10)
-    compare(cases.steps(str(corpus_dir), "float64", [*ROUTERS, seed, *layouts[1]]), want, 1e-10)
+    compare(cases.steps(str(corpus_dir), "float64", [*OPTIONS, seed, *layouts[1]]), want, 1e-10)
     assert all(x["z_loss"] > 0 and x["aux_loss"] >= 1 for x in want[0])
 
 

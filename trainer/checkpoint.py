@@ -31,6 +31,7 @@ from trainer.blocks import Damaged
 FORMAT = 2
 NAME, PARTIAL = re.compile(r"step-(\d{8})"), re.compile(r"\.(partial|old)-step-\d{8}(-[0-9a-f]+)?")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
+SEAL = b',\n"checksum": '  # the last key of a manifest: the crc32 of the bytes before this
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_manifest(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises Damaged."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        content = (path / MANIFEST).read_bytes()
+        manifest = json.loads(content)
     except FileNotFoundError:
         raise Damaged("half a checkpoint, it has no manifest.json") from None
     except (OSError, ValueError) as error:
@@ -95,20 +97,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         written = manifest.get("format") if isinstance(manifest, dict) else None
         raise Damaged(f"format {written}, this version reads {FORMAT}")
-    if manifest.pop("checksum", None) != _checksum(manifest) or any(Path(n).name != n for n in manifest["files"]):
+    body, _, seal = content.rpartition(SEAL)
+    if seal != f"{zlib.crc32(body)}\n}}\n".encode() or any(Path(name).name != name for name in manifest["files"]):
         raise Damaged("manifest.json is not what was written")
     return manifest
 
 
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """`manifest.json` into a folder, a key a line, with a checksum of the rest at its end."""
-    sealed = {**manifest, "checksum": _checksum(manifest)}
-    text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items())
-    blocks.write_small(path / MANIFEST, f"{{\n{text}\n}}\n".encode())
-
-
-def _checksum(manifest: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+def write_manifest(path: Path, fields: Mapping[str, Any], table: str) -> None:
+    """`manifest.json` into a folder, a key a line: the fields, the table of tensors, which is JSON already, a seal."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
+    body = ("{\n" + ",\n".join([*lines, f'"tensors": {table}'])).encode()
+    blocks.write_small(path / MANIFEST, body + SEAL + f"{zlib.crc32(body)}\n}}\n".encode())
 
 
 def find(path: Path) -> tuple[Checkpoint, list[str]]:
@@ -169,7 +168,10 @@ def none_usable(folder: Path, why: Sequence[str]) -> str:
 def _fits(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
     stored = checkpoint.manifest["tensors"]
     for name, tensor in targets.items():
-        shape = tuple(stored[name]["shape"]) if name in stored else None
+        if name not in stored:
+            what = "the optimizer's state" if name.startswith("optim.") else name
+            raise UserError(f"{checkpoint.path}: {what} is not in it")
+        shape = tuple(stored[name]["shape"])
         if shape != tuple(tensor.shape):
             raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
 

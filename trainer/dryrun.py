@@ -47,6 +47,8 @@ def print_plan(config: Config) -> None:
         print(f"            {advice}")
     print(f"parameters  {total:,} in all, {active:,} active a token; products in {str(dtype)[6:]}")
     print(f"memory      about {_gib(need)} a rank{here}")
+    staged = f"; staged in {_gib(12 * total // world.size)} of memory a rank" if config.checkpoint.async_save else ""
+    print(f"checkpoint  about {_gib(12 * total)} on disk, keep {config.checkpoint.keep}{staged}")
     print(f"batch       {tokens:,} tokens: {share.micro_batches} micro-batches of {share.rows} rows a rank, "
           f"{share.filler} filler rows a step")  # fmt: skip
     print(f"run         {length}; corpus: {corpus}; folder {config.run.folder}")

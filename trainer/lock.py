@@ -34,19 +34,20 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.id = secrets.token_hex(8)
+        self._handle, self._ended = -1, threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror}; the run folder cannot be written, set run.dir=") from None
-        try:
             self._flock()
             self._wait_for_lease()
             self._write({"id": self.id, "host": _host(), "name": socket.gethostname(), "process": os.getpid()})
-        except BaseException:
-            os.close(self._handle)
-            raise
-        self._ended = threading.Event()
+        except (OSError, UserError) as error:
+            if self._handle >= 0:
+                os.close(self._handle)
+            if isinstance(error, UserError):
+                raise
+            why = f"{error.strerror}; the run folder cannot be written"
+            raise UserError(f"{folder}: {why}, make room there or set run.dir=") from None
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def _flock(self) -> None:

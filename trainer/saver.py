@@ -6,6 +6,7 @@ publishes, and when it has, all know. A save that fails on any rank is dropped o
 before stays.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -61,6 +62,7 @@ class Saver:
         # of its own: saves come between the messages of training, and on a GPU these are not for the CPU
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.plan = storage.make_plan(tensors, self.group)
+        self._table = json.dumps(self.plan.table)  # takes a while, and stays the same
         self.source = storage.Source(self.plan, tensors)
         self.image = storage.Image(self.source) if config.async_save else None
         self.mark = mesh.agree(lock.id if lock is not None else "0", self.group)
@@ -100,7 +102,7 @@ class Saver:
 
     @property
     def ready(self) -> bool:
-        """Whether this rank need not wait in `advance`."""
+        """Whether this rank has written what it had to of what is pending, or failed: its file, then the manifest."""
         return self.pending is not None and (self.pending.published or self.pending.files).done()
 
     def finish(self) -> None:
@@ -137,7 +139,7 @@ class Saver:
                 raise Damaged(why)
             files = {name: record for files, _ in everyone for name, record in files.items()}
             manifest = {"format": checkpoint.FORMAT, "step": save.step, **save.fields, "files": files}
-            checkpoint.write_manifest(save.partial, {**manifest, "tensors": self.plan.table})
+            checkpoint.write_manifest(save.partial, manifest, self._table)
             if self.lock is not None:
                 self.lock.check()
             checkpoint.publish(save.partial, self.folder / f"step-{save.step:08d}")

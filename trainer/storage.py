@@ -231,7 +231,7 @@ def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Slab]
             TensorProperties(DTYPES[stored["dtype"]]), torch.Size(stored["shape"]),
             [ChunkStorageMetadata(torch.Size(place), torch.Size(shape)) for _, _, place, shape in stored["parts"]],
         )
-        for name, stored in table.items()
+        for name, stored in table.items() if name in tensors
     })  # fmt: skip
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata)

@@ -1,5 +1,6 @@
 """Saving and loading: speed against plain files, memory, what a save beside the training costs it, and a resume."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel import fsdp
+from parallel import fsdp, gradients, mesh
+from parallel.mesh import World
 from tests.bench.harness import Figure, figure
 from tests.pool import Pool
 from trainer import checkpoint
@@ -26,42 +28,70 @@ from trainer.saver import Saver
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(dim=512, n_layers=2, n_heads=8, expert_dim=320, n_experts=31)  # 440 MB with its optimizer
-VOCAB, BATCH, LENGTH = 4096, 4, 256
+VOCAB, BATCH, LENGTH = 4096, 2, 256
 BLOCK = 1 << 24
 
 
 def measure(repeats: int) -> list[Figure]:
-    pool = Pool()
-    try:
-        numbers = pool.run(1, "tests.bench.checkpoint:all_but_a_resume", timeout=3600, repeats=max(3, repeats // 2))[0]
-    finally:
-        pool.close()
-    size = f"{numbers['MB']:,.0f} MB"
-    sync, read = numbers["save"], "speed of plain reading with the same checksum"
+    """Of one process, but for the delay: that is of two, as cores that compute all the time have none to spare."""
+    pool, repeats = Pool(), max(3, repeats // 2)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        Path(folder, "tokenizer.model").write_bytes(b"a tokenizer" * 10_000)
+        one = pool.run(1, "tests.bench.checkpoint:alone", timeout=3600, folder=folder, repeats=repeats)[0]
+        two = pool.run(2, "tests.bench.checkpoint:beside", timeout=3600, folder=folder, repeats=repeats)[0]
+    pool.close()
+    save, plain = f"save of {one['MB'][0]:,.0f} MB", "speed of plain reading with the same checksum"
+    memory, delay = "memory that a save takes besides", "delay of two ranks' steps by a save beside them"
     return [
-        figure(f"save of {size}", sync, numbers["plain write"], "speed of a plain flushed file", "0.40", True),
-        figure(f"load of {size}", numbers["load"], numbers["plain read"], read, "0.60", True),
-        figure("memory that a save takes besides", numbers["memory"], [512.0], "share of 512 MiB", "1", unit="MiB"),
-        figure("delay of the steps beside a save", numbers["delay"], sync, "share of a save that waits", "0.10"),
+        figure(save, one["save"], one["plain write"], "speed of a plain flushed file", "0.40", True),
+        figure(save.replace("save", "load"), one["load"], one["plain read"], plain, "0.60", True),
+        figure(memory, one["memory"], [512.0], "share of 512 MiB", "1", unit="MiB"),
+        figure(delay, two["delay"], two["save"], "share of a save that waits", "0.10"),
         resume(repeats),
     ]
 
 
-def all_but_a_resume(repeats: int) -> dict[str, list[float]]:
+def parts(folder: str, beside: bool, threads: int) -> tuple[Transformer, torch.optim.Optimizer, Saver]:
+    """A model on all ranks, its optimizer, and what saves them."""
     keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = fsdp.build(MODEL, VOCAB, 0, torch.device("cpu"), torch.float32, None).train()
+    torch.set_num_threads(threads)
+    world, cpu = World.from_environment(), torch.device("cpu")
+    layout = mesh.make_mesh(mesh.degrees(world, MODEL, 1, "auto", world.size), cpu)
+    model = fsdp.build(MODEL, VOCAB, 0, cpu, torch.float32, layout).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
-    with tempfile.TemporaryDirectory(dir=".") as name:
-        folder = Path(name)
-        (folder / "tokenizer.model").write_bytes(b"a tokenizer" * 10_000)
-        found = save_and_load(folder, model, optimizer, repeats)
-        return {**found, **beside(folder, model, optimizer, repeats)}
+    config, path = CheckpointConfig(keep=1, async_save=beside), Path(folder)
+    tensors = checkpoint.tensors(model, optimizer)
+    return model, optimizer, Saver(path / f"{world.size}", tensors, path / "tokenizer.model", config)
 
 
-def saver(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, beside: bool) -> Saver:
-    config = CheckpointConfig(keep=1, async_save=beside)
-    return Saver(folder / "checkpoints", checkpoint.tensors(model, optimizer), folder / "tokenizer.model", config)
+def alone(folder: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of saving, of loading and of the same with plain files; MiB that a save takes at its most."""
+    model, optimizer, saver = parts(folder, False, len(os.sched_getaffinity(0)))
+    seconds: dict[str, list[float]] = {"save": [], "plain write": [], "load": [], "plain read": [], "memory": []}
+    everything = [t.detach().flatten() for t in checkpoint.tensors(model, optimizer).values()]
+    content, plain = torch.cat(everything).view(torch.uint8).numpy().data, Path(folder, "plain")
+    for number in range(repeats + 1):
+        before = reset_peak()
+        with timed(seconds["save"], number > 0):
+            saver.save(number, {})
+        if number == 0:  # what it keeps for the next ones is in it
+            seconds["memory"].append((peak() - before) / 2**20)
+        with timed(seconds["plain write"], number > 0), open(plain, "wb", buffering=0) as file:
+            for start in range(0, len(content), BLOCK):
+                file.write(content[start : start + BLOCK])
+            os.fsync(file.fileno())
+        path = saver.folder / f"step-{number:08d}"
+        for each in (plain, *path.iterdir()):
+            forget(each)
+        with timed(seconds["load"], number > 0):
+            checkpoint.load(checkpoint.open_checkpoint(path), model, optimizer)
+        buffer = bytearray(BLOCK)
+        with timed(seconds["plain read"], number > 0), open(plain, "rb", buffering=0) as file:
+            while got := file.readinto(buffer):
+                zlib.crc32(memoryview(buffer)[:got])
+        plain.unlink()
+    saver.close()
+    return {**seconds, "MB": [len(content) / 1e6]}
 
 
 @contextmanager
@@ -72,74 +102,50 @@ def timed(seconds: list[float], counts: bool) -> Iterator[None]:
         seconds.append(time.perf_counter() - start)
 
 
-def save_and_load(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, repeats: int
-) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {"save": [], "plain write": [], "load": [], "plain read": [], "memory": []}
-    ours, plain, name = saver(folder, model, optimizer, False), folder / "plain", "step-{:08d}"
-    everything = [t.detach().flatten() for t in checkpoint.tensors(model, optimizer).values()]
-    content = torch.cat(everything).view(torch.uint8).numpy().data
-    for number in range(repeats + 1):
-        before = reset_peak()
-        with timed(seconds["save"], number > 0):
-            ours.save(number, {})
-        seconds["memory"].append((peak() - before) / 2**20)
-        with timed(seconds["plain write"], number > 0), open(plain, "wb", buffering=0) as file:
-            for start in range(0, len(content), BLOCK):
-                file.write(content[start : start + BLOCK])
-            os.fsync(file.fileno())
-        path = folder / "checkpoints" / name.format(number)
-        for file_ in (plain, *path.iterdir()):
-            forget(file_)
-        with timed(seconds["load"], number > 0):
-            checkpoint.load(checkpoint.open_checkpoint(path), model, optimizer)
-        buffer = bytearray(BLOCK)
-        with timed(seconds["plain read"], number > 0), open(plain, "rb", buffering=0) as file:
-            while got := file.readinto(buffer):
-                zlib.crc32(memoryview(buffer)[:got])
-        plain.unlink()
-    ours.close()
-    return {**seconds, "MB": len(content) / 1e6}  # type: ignore[dict-item]
+def beside(folder: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a save that waits, and those by which one in the background makes the steps beside it longer."""
+    model, optimizer, saver = parts(folder, True, 1)
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(mesh.rank()))
 
+    def step() -> None:
+        output = model(tokens, tokens)
+        assert output.loss is not None
+        (output.loss / tokens.numel()).backward()
+        _, written = gradients.sum_over_ranks(
+            gradients.sum_of_squares(gradients.local_gradients(model)), torch.tensor(float(saver.ready))
+        )
+        saver.before_change()
+        optimizer.step()
+        optimizer.zero_grad()
+        if int(written) == World.from_environment().size:
+            saver.advance()
 
-def beside(
-    folder: Path, model: Transformer, optimizer: torch.optim.Optimizer, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds by which a save in the background makes the steps until it is published take longer."""
-    ours = saver(folder, model, optimizer, True)
-    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH))
-
-    def steps(count: int) -> float:
+    def steps(count: int, save: bool = False) -> float:
         start = time.perf_counter()
+        if save:
+            saver.save(next(number), {})
         for _ in range(count):
-            output = model(tokens, tokens)
-            assert output.loss is not None
-            (output.loss / tokens.numel()).backward()
-            if ours.ready:
-                ours.advance()
-            ours.before_change()
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
         return time.perf_counter() - start
 
-    steps(3)
-    ours.save(10**6, {})
-    start, count = time.perf_counter(), 0
-    while ours.pending is not None:
-        steps(1)
+    number, seconds = itertools.count(1), dict[str, list[float]](save=[], delay=[])
+    for _ in range(3):
+        step()
+        saver.save(next(number), {}, wait=True)
+    saver.save(next(number), {})
+    count = 2
+    while saver.pending is not None:
+        step()
         count += 1
-    print(f"{count} steps of {(time.perf_counter() - start) / count:.2f} s until a save is published", file=sys.stderr)
-    count += count // 2 + 1
-    delays = []
-    for number in range(repeats):
-        alone = steps(count)
-        ours.save(10**6 + 1 + number, {})
-        with_save = steps(count)
-        ours.finish()
-        delays.append(with_save - (alone + steps(count)) / 2)
-    ours.close()
-    print([round(d, 3) for d in delays], file=sys.stderr)
-    return {"delay": delays}
+    for _ in range(repeats):
+        with timed(seconds["save"], True):
+            saver.save(next(number), {}, wait=True)
+        before = steps(count)
+        during = steps(count, save=True)
+        seconds["delay"].append(during - (before + steps(count)) / 2)
+        saver.finish()
+    saver.close()
+    return seconds
 
 
 def reset_peak() -> int:

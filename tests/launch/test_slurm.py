@@ -196,11 +196,11 @@ def cancelled(jobs: Jobs) -> None:
 
 
 def failing(jobs: Jobs) -> None:
-    """Not queued again, even where an earlier job left its mark."""
+    """Not started again by torchrun, which is told by SIGTERM, and not queued again, whatever an earlier job left."""
     jobs.first_is_under_way.wait()
     (jobs.runs / "failing").mkdir(parents=True)
     (jobs.runs / "failing" / "requeue").touch()
-    job = jobs.submit("failing", nodes=1, more=(f"data.dir={jobs.slurm.folder}/nowhere",))
+    job = jobs.submit("failing", nodes=1, more=(f"data.dir={jobs.slurm.folder}/nowhere",), MAX_RESTARTS="1")
     end = jobs.slurm.wait(job, "FAILED")
     log = jobs.slurm.log(job)
     assert (end["ExitCode"], end["Restarts"]) == ("1:0", "0"), log
@@ -221,7 +221,7 @@ def wrong_address(jobs: Jobs) -> None:
     jobs.first_is_under_way.wait()
     loopback, nobody = (jobs.submit(None, HEAD_ADDR=address) for address in ("127.0.1.1", "10.77.0.9"))
     for job in (loopback, nobody):
-        assert jobs.slurm.wait(job, "FAILED", timeout=100)["Restarts"] == "0"
+        assert jobs.slurm.wait(job, "FAILED")["Restarts"] == "0"
     assert ": 127.0.1.1 is 127.0.1.1, which is this node; set HEAD_ADDR" in jobs.slurm.log(loopback)
     assert "n2: 10.77.0.9 (10.77.0.9): " in jobs.slurm.log(nobody)
 

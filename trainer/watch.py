@@ -202,7 +202,8 @@ class Watch:
 
     def _hang(self) -> str | None:
         """The line that says who is behind, if nobody moves any more: who is slow alone keeps no one from waiting."""
-        quiet = (FIRES - READS) * self.timeout - 2 * self._every
+        # news take a tick each way
+        quiet = max((FIRES - READS) * self.timeout - 2 * self._every, self._every + 2 * TICK)
         if any(self._clock - seen.moved < quiet for seen in self._seen.values()):
             return None
         silent = [r for r, seen in self._seen.items() if self._clock - seen.alive > max(SILENT, 1.5 * self._every)]

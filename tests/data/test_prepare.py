@@ -1,4 +1,5 @@
 import errno
+import functools
 import json
 import os
 import signal
@@ -233,7 +234,9 @@ def test_data_needs_no_torch():
 
 def test_an_interrupted_run_says_so_and_can_be_repeated():
     argv = words(source="storybook", stories=1_000_000, tokenizer=model(STORIES))
-    with subprocess.Popen([*COMMAND, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE  # a shell's background jobs ignore Ctrl-C, and so would what they start
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*COMMAND, *argv], stdout=pipe, stderr=pipe, text=True, preexec_fn=hears) as process:
         while not list(Path("corpus").glob("train-*.partial")) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

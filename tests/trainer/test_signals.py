@@ -274,7 +274,8 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_it_clean(corpus_dir, tmp_path, wa
     words = cases.words(corpus_dir, tmp_path, "run.name=t", "train.steps=100000")
     command = [sys.executable, "-m", "trainer.main", *words]
     if way == "make":  # -o: the environment is as new as it need be
-        command = ["make", "-o", ".venv/installed-dev", f"python={sys.executable}", "train", f"ARGS={' '.join(words)}"]
+        command = ["make", "--no-print-directory", "-o", ".venv/installed-dev", f"python={sys.executable}", "train"]
+        command.append(f"ARGS={' '.join(words)}")
     metrics = tmp_path / "t" / "metrics.jsonl"
     env = {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
     status, out, clean = in_a_terminal(command, env, lambda: count(metrics) >= 3, b"\x03")

@@ -1,8 +1,8 @@
 """One run, one writer: the file `lock` in a run's folder, held by its rank 0.
 
-On one host an flock decides, which the kernel releases when its process ends, however it ends. Between hosts, whose
-file system may know no flock, a lease does: the file's time, renewed while the run lives. It holds a random id, and a
-checkpoint is published only while that is still ours, so a writer that was thought dead can do no harm.
+On one host an flock decides, which the kernel releases when its process ends, however it ends; on file systems without,
+whether the process lives. Between hosts a lease does: the file's time, renewed while the run lives. The file holds a
+random id, and a checkpoint is published only while that is still ours, so a writer that was thought dead does no harm.
 """
 
 import fcntl
@@ -38,8 +38,7 @@ class Lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._flock()
-            self._wait_for_lease()
+            self._wait_for_the_living(self._flock())
             self._write({"id": self.id, "host": _host(), "name": socket.gethostname(), "process": os.getpid()})
         except (OSError, UserError) as error:
             if self._handle >= 0:
@@ -50,22 +49,27 @@ class Lock:
             raise UserError(f"{folder}: {why}, make room there or set run.dir=") from None
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
-    def _flock(self) -> None:
+    def _flock(self) -> bool:
+        """Whether the file system knows flocks; then this is ours. Raises UserError where another process has it."""
         end = time.monotonic() + PATIENCE
         while True:
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return True
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise UserError(self._living()) from None
                 time.sleep(0.1)
-            except OSError:  # a file system without flock: the lease alone decides
-                return
+            except OSError:
+                return False
 
-    def _wait_for_lease(self) -> None:
+    def _wait_for_the_living(self, flocked: bool) -> None:
         holder = read(self.path)
-        if not holder or holder.get("host") == _host():
+        if not holder:
+            return
+        if holder.get("host") == _host():
+            if not flocked and _lives(int(holder["process"])):
+                raise UserError(self._living())
             return
         renewed = os.stat(self.path).st_mtime
         while (left := renewed + LEASE - self._now()) > 0:
@@ -143,3 +147,13 @@ def _host() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

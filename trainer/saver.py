@@ -115,6 +115,7 @@ class Saver:
         save = self.pending
         assert save is not None
         if save.published is None:
+            self.before_change()
             self._crew.lend(save.files)
             error = save.files.exception()
             everyone = mesh.gather(({}, _reason(error)) if error else (save.files.result(), None), self.group)

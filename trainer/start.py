@@ -29,6 +29,7 @@ from trainer.optimizer import LossScale, learning_rate
 from trainer.saver import Saver
 from trainer.watch import Watch
 
+ORDER = ("train.global_batch_size", "train.seed", "data.seq_len", "data.pack")  # what the order of the data hangs on
 PATIENCE = 10.0  # seconds that a shared file system may take to show a file of another host
 
 
@@ -162,7 +163,10 @@ def weights_of_another(config: Config, tokenizer: Tokenizer) -> Beginning | None
 
 def notes_on(manifest: dict[str, Any], run: "Run", threads: int) -> list[str]:
     """What is not as it was when the checkpoint was written, a line each."""
-    notes = [f"changed since step {manifest['step']}: {d}" for d in changes(manifest["config"], run.config)]
+    different = changes(manifest["config"], run.config)
+    notes = [f"changed since step {manifest['step']}: {d}" for d in different]
+    if manifest["corpus"] != run.corpus.hash or any(d.partition(":")[0] in ORDER for d in different):
+        notes.append("the data does not go on where it was: rows of this epoch may come twice, or not at all")
     if manifest["corpus"] != run.corpus.hash:
         notes.append(f"goes on with another corpus, {run.config.data.dir}")
     before, after = (learning_rate(run.config.train, manifest["step"], n) for n in (manifest["steps"], run.steps))

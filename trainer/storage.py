@@ -124,7 +124,7 @@ class Source:
             begin, part = self._begins[number], self._parts[number]
             until = min(stop, begin + len(part))
             to, part = out[at - start : until - start], part[at - begin : until - begin]
-            if self.device.type == "cpu" or number == 0:  # torch would start a team of threads for each that copies
+            if part.device.type == "cpu":  # torch would start a team of threads for each that copies
                 np.copyto(to.numpy(), part.numpy())
             else:
                 to.copy_(part, non_blocking=True)

@@ -1,5 +1,6 @@
 """One run, one writer, whatever kills the first."""
 
+import errno
 import json
 import os
 import signal
@@ -41,6 +42,20 @@ def test_a_second_run_is_refused_while_the_first_lives_and_may_start_when_it_was
     os.kill(holder.pid, signal.SIGKILL)
     assert cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=2") == 0
     assert (tmp_path / "run" / "lock").read_text() == ""  # left to whoever comes
+
+
+def test_without_flocks_it_is_asked_whether_the_process_lives(tmp_path, holder, monkeypatch):
+    """As on a Lustre that was mounted without them."""
+
+    def unknown(handle, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unknown)
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* is training in it"):
+        Lock(tmp_path / "run")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    Lock(tmp_path / "run").release()
 
 
 def foreign(folder: Path, age: float) -> Path:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data.config import UserError
+from data.shards import Corpus
 from tests.trainer import cases
 from trainer.checkpoint import complete, read_manifest
 from trainer.metrics import read_lines
@@ -39,30 +40,40 @@ def test_the_loss_scale_goes_on_where_it_was(corpus_dir, tmp_path, monkeypatch):
     assert cases.last_digest(tmp_path / "parts") == cases.last_digest(tmp_path / "whole")
 
 
-def test_skipped_steps_are_counted_across_a_resume(corpus_dir, tmp_path, monkeypatch):
+def test_skipped_steps_are_counted_whatever_comes_between(corpus_dir, tmp_path, monkeypatch):
+    """No checkpoint is made of weights that gave no finite gradient: after a stop those steps are run again."""
     from model import transformer
 
-    monkeypatch.setattr(transformer, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * float("nan"))
     words = ["run.name=nan", "train.max_skipped=3", "train.global_batch_size=2"]
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
+    monkeypatch.setattr(transformer, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * float("nan"))
+    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=4") == 0
     with pytest.raises(UserError, match="train.max_skipped=3"):
         cases.run(corpus_dir, tmp_path, *words)
     lines = read_lines(tmp_path / "nan" / "metrics.jsonl")
-    assert [x["step"] for x in lines if x.get("event") == "skipped"] == [1, 2, 3]
+    assert [x["step"] for x in lines if x.get("event") == "skipped"] == [3, 4, 5]
+    assert [p.name for p in complete(tmp_path / "nan" / "checkpoints")] == ["step-00000002"]
 
 
 @pytest.mark.slow
 def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path, capfd):
-    """Nine steps are an epoch and a half here."""
-    words = ["data.seq_len=256", "train.global_batch_size=240", "train.micro_batch_size=30", "train.steps=9"]
-    words += ["model.dropout=0.1", "model.max_seq_len=256"]
-    assert cases.run(corpus_dir, tmp_path, *words, "run.name=whole") == 0
-    for world, expert, stop in ((4, 4, 3), (3, 3, 5), (3, 1, 6), (2, 2, 7), (1, 1, 9)):
+    """Ten steps are an epoch and a half here."""
+    from data.prepare import main
+
+    data = [f"data.tokenizer={corpus_dir}/tokenizer.model", "data.stories=150", "data.validation=0.05"]
+    corpus = tmp_path / "corpus"
+    assert main([*data, "data.shard_tokens=40000", f"data.dir={corpus}"]) == 0
+    words = [*data, "data.seq_len=128", "train.global_batch_size=56", "train.micro_batch_size=7", "train.steps=10"]
+    words += ["model.dropout=0.1"]
+    assert cases.run(corpus, tmp_path, *words, "run.name=whole") == 0
+    tokens = read_manifest(complete(tmp_path / "whole" / "checkpoints")[-1])["tokens"]
+    assert 1.3 < tokens / Corpus.open(corpus).split("train").tokens < 1.7
+    for world, expert, stop in ((4, 4, 3), (3, 3, 5), (3, 1, 7), (2, 2, 8), (1, 1, 10)):
         more = [*words, "run.name=chain", f"parallel.expert={expert}", f"train.stop_at={stop}"]
         if world > 1:
-            pool.run(world, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
+            pool.run(world, RUN, corpus=str(corpus), runs=str(tmp_path), more=more)
     capfd.readouterr()
-    assert cases.run(corpus_dir, tmp_path, *more) == 0
+    assert cases.run(corpus, tmp_path, *more) == 0
     np.testing.assert_allclose(cases.losses(tmp_path / "chain"), cases.losses(tmp_path / "whole"), rtol=1e-5)
     said = [line for line in capfd.readouterr().out.splitlines() if "equal to rounding" in line]
     assert len(said) == 1 and "world 2 -> 1, degrees {" in said[0] and "torch" not in said[0]
@@ -73,5 +84,7 @@ def test_where_it_was_saved_and_goes_on_is_compared(corpus_dir, tmp_path, capsys
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=3") == 0
     assert "equal to rounding" not in capsys.readouterr().out
-    assert cases.run(corpus_dir, tmp_path, *words, "run.threads=2") == 0
-    assert "since it was saved elsewhere: threads 1 -> 2\n" in capsys.readouterr().out
+    assert cases.run(corpus_dir, tmp_path, *words, "run.threads=2", "train.global_batch_size=8") == 0
+    out = capsys.readouterr().out
+    assert "since it was saved elsewhere: threads 1 -> 2\n" in out
+    assert "train.global_batch_size: 6 -> 8" in out and "rows of this epoch may come twice" in out

@@ -244,6 +244,7 @@ def in_a_terminal(command, env, event, key):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, those of a terminal do not
         os.execvpe(command[0], command, {**os.environ, **env})
     os.set_blocking(terminal, False)
     termios.tcsetwinsize(terminal, (40, 200))

@@ -6,6 +6,8 @@ import pickle
 import shutil
 import subprocess
 import threading
+import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from data.config import UserError
 from tests.trainer import cases
-from trainer import checkpoint
+from trainer import checkpoint, storage
 from trainer.checkpoint import complete
 from trainer.config import CheckpointConfig
 from trainer.lock import Lock, Lost
@@ -65,8 +67,10 @@ def test_any_mesh_reads_what_any_other_wrote(pool, tmp_path):
             assert found == [want] * len(folders)
 
 
-def test_saves_beside_the_training_hold_what_saves_that_wait_hold(pool, corpus_dir, plain, tmp_path):
-    """The same steps, bit by bit, though weights move on while they are written."""
+def test_saves_beside_the_training_hold_what_saves_that_wait_hold(pool, corpus_dir, plain, tmp_path, monkeypatch):
+    """The same steps, bit by bit, though weights move on while they are written, and the writer comes late."""
+    help_ = storage.Image.help
+    monkeypatch.setattr(storage.Image, "help", lambda image: (time.sleep(0.2), help_(image)))
     words = ["run.name=beside", "train.steps=6", "checkpoint.every=2", "checkpoint.async_save=true"]
     assert cases.run(corpus_dir, tmp_path, *words) == 0
     for a, b in zip(complete(plain / "checkpoints"), complete(tmp_path / "beside" / "checkpoints"), strict=True):
@@ -103,7 +107,7 @@ def test_a_copy_that_the_writer_has_not_begun_is_made_before_weights_move(tmp_pa
 def read_back(path, **sizes):
     found = checkpoint.open_checkpoint(path)
     tensors = {name: torch.zeros(size) for name, size in sizes.items()}
-    checkpoint.storage.read(path, found.manifest["files"], found.manifest["tensors"], tensors)
+    storage.read(path, found.manifest["files"], found.manifest["tensors"], tensors)
     return tensors
 
 
@@ -118,6 +122,7 @@ DAMAGE = {
     "one in a header": (lambda p: flip(p / "shard-00000.safetensors", 20), "block 0 is not what was written"),
     "one in the tokenizer": (lambda p: flip(p / "tokenizer.model", 9), "tokenizer.model: block 0 is not what"),
     "one in the manifest": (lambda p: flip_digit(p / "manifest.json"), "manifest.json is not what was written"),
+    "a path in it": (lambda p: lead_out(p / "manifest.json"), "manifest.json is not what was written"),
     "half a file": (lambda p: os.truncate(p / "shard-00000.safetensors", 2000), "has 2,000 of"),
     "no file": (lambda p: (p / "shard-00000.safetensors").unlink(), "shard-00000.safetensors is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "half a checkpoint, it has no manifest.json"),
@@ -129,6 +134,12 @@ DAMAGE = {
 
 def flip_digit(path):
     path.write_text(path.read_text().replace('"tokens": ', '"tokens": 1'))
+
+
+def lead_out(path):
+    """To a file elsewhere, with a checksum that is right."""
+    body, seal, _ = path.read_bytes().replace(b'"shard-', b'"../step-00000006/shard-').rpartition(checkpoint.SEAL)
+    path.write_bytes(body + seal + f"{zlib.crc32(body)}\n}}\n".encode())
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from trainer import faults
+
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
 
@@ -61,7 +63,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # taking torch apart would take half a second of CPU, and a cluster's patience on a busy node
+    faults.end(main(sys.argv[1:]))

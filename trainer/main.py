@@ -5,7 +5,6 @@
 
 import argparse
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,4 +78,4 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    faults.end(guarded(main))

@@ -289,3 +289,26 @@ def test_a_worker_does_not_outlive_its_launcher(bound):
         assert ready == "ready" and int(pid) in processes()
         launcher.kill()
     assert fault_cases.wait_for(lambda: int(pid) not in processes())
+
+
+THREADS = """
+import threading
+import torch.distributed as dist
+from trainer import faults
+
+def ask(store):
+    while True:
+        store.check(["what nobody sets"])
+
+store = dist.TCPStore("localhost", 0, 1, True)
+for _ in range(4):
+    threading.Thread(target=ask, args=(store.clone(),), daemon=True).start()
+print("said", end="")
+faults.end(3)
+"""
+
+
+def test_a_process_ends_with_its_code_whatever_its_threads_do():
+    """With sys.exit(3) it ends by SIGABRT: Python cannot end a thread that comes back from C++."""
+    result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "said", "")

@@ -147,6 +147,7 @@ def loop(run: Run, saver: Saver) -> None:
             saver.save(run.step, state_of(run), wait=True)
     if requeue and run.world.rank == 0:
         leave_mark(run.folder, run.step)
+    run.watch.close()  # nobody waits for another any more
     run.report.event(run.step, "stopped", requeue=requeue)
     run.report.close()
     saved = f"saved at {saver.newest}" if saver.newest else "nothing saved"
@@ -270,7 +271,7 @@ def finish(run: Run) -> None:
     if run.config.eval.final != "none" and not evaluated(run):
         run_evaluation(run, run.config.eval.final)
     stories = run_samples(run)
-    run.watch.mark("finishing")
+    run.watch.close()
     run.report.event(run.step, "finished")
     run.report.close()
     if run.world.rank != 0:

@@ -135,6 +135,7 @@ def loop(run: Run, saver: Saver) -> None:
     """Train until the last step, stop_at, or a signal; then the end of the run, if it is one."""
     requeue = False
     try:
+        pause(run)
         make_up(run)
         train_steps(run, saver, min(run.steps, run.config.train.stop_at or run.steps))
         if run.step >= run.steps:
@@ -215,7 +216,7 @@ def finished(folder: Path, done: int, steps: int) -> bool:
 
 
 def pause(run: Run) -> None:
-    """Between two batches of an evaluation or two tokens of a sample. Raises Stopped, on all ranks, where one asks."""
+    """Before the first step and a batch of an evaluation, and after a token: raises Stopped on all ranks if one asks."""
     run.watch.mark(run.watch.place.phase)
     (wishes,) = gradients.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
     stop, requeue = (wishes > 0).tolist()

@@ -216,7 +216,7 @@ def finished(folder: Path, done: int, steps: int) -> bool:
 
 
 def pause(run: Run) -> None:
-    """Before the first step and a batch of an evaluation, and after a token: raises Stopped on all ranks if one asks."""
+    """Before the first step or a batch of an evaluation, after a token: raises Stopped on all ranks where one asks."""
     run.watch.mark(run.watch.place.phase)
     (wishes,) = gradients.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
     stop, requeue = (wishes > 0).tolist()

@@ -175,7 +175,7 @@ def chaos(folder: Path, kills: int, seed: int, more: Sequence[str] = ()) -> str:
     minutes = (time.monotonic() - start) / 60
     return "\n".join(
         [f"| killed | {' | '.join(WHERE)} |", "|---" * 5 + "|", *rows, "",
-         f"{kills} kills (seed {seed}) in {len(whole['losses'])} steps and {minutes:.0f} minutes; {driver.lost} steps "
+         f"{kills} kills (seed {seed}) in {len(whole['losses'])} steps and {minutes:.1f} minutes; {driver.lost} steps "
          f"were done twice. All losses, {len(whole['evaluations'])} evaluations and {len(whole) - 2} tensors of the "
          "last checkpoint, weights and moments, are bitwise those of the run that was left alone."]
     )  # fmt: skip

@@ -135,6 +135,7 @@ def loop(run: Run, saver: Saver) -> None:
     """Train until the last step, stop_at, or a signal; then the end of the run, if it is one."""
     requeue = False
     try:
+        pause(run)
         make_up(run)
         train_steps(run, saver, min(run.steps, run.config.train.stop_at or run.steps))
         if run.step >= run.steps:
@@ -147,6 +148,7 @@ def loop(run: Run, saver: Saver) -> None:
             saver.save(run.step, state_of(run), wait=True)
     if requeue and run.world.rank == 0:
         leave_mark(run.folder, run.step)
+    run.watch.close()  # nobody waits for another any more
     run.report.event(run.step, "stopped", requeue=requeue)
     run.report.close()
     saved = f"saved at {saver.newest}" if saver.newest else "nothing saved"
@@ -214,7 +216,7 @@ def finished(folder: Path, done: int, steps: int) -> bool:
 
 
 def pause(run: Run) -> None:
-    """Between two batches of an evaluation or two tokens of a sample. Raises Stopped, on all ranks, where one asks."""
+    """Before the first step or a batch of an evaluation, after a token: raises Stopped on all ranks where one asks."""
     run.watch.mark(run.watch.place.phase)
     (wishes,) = gradients.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
     stop, requeue = (wishes > 0).tolist()
@@ -270,7 +272,7 @@ def finish(run: Run) -> None:
     if run.config.eval.final != "none" and not evaluated(run):
         run_evaluation(run, run.config.eval.final)
     stories = run_samples(run)
-    run.watch.mark("finishing")
+    run.watch.close()
     run.report.event(run.step, "finished")
     run.report.close()
     if run.world.rank != 0:

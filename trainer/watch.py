@@ -36,7 +36,7 @@ class Place:
     step: int = 0  # 0: before the first
     phase: str = "starting"
     marks: int = 0  # passed so far: of ranks that do the same, the one with fewer is behind
-    moved: int = 0  # MiB to and from disks: a long save or load is no hang
+    moved: int = 0  # MiB to and from disks, and up to the first step seconds at work: long loads, builds are no hang
     ticks: int = 0  # of its thread
     line: str = ""  # of our code, once it stands still
     host: str = ""
@@ -109,13 +109,15 @@ class Watch:
     # the thread
 
     def _watch(self) -> None:
-        before, last = time.monotonic(), (0, 0)
+        before, cpu, busy, last = time.monotonic(), time.process_time(), 0, (0, 0)
         while not self._closed.wait(TICK if self._running else TICK / 5):
             now = time.monotonic()
             passed = min(now - before, 5 * TICK)  # if more, this process or the whole machine was suspended
             before = now
             self._clock += passed
-            self.place.moved = moved()
+            used, cpu = time.process_time() - cpu, time.process_time()
+            busy += self.place.step <= 1 and used > passed / 5  # later not: who waits for NCCL is at work, too
+            self.place.moved = moved() + busy
             self._idle = self._idle + passed if self.place.signs == last else 0.0
             last = self.place.signs
             self.place.ticks += 1

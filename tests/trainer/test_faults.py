@@ -18,7 +18,7 @@ from parallel.rendezvous import find_others
 from tests.trainer import cases, fault_cases
 from trainer.checkpoint import complete
 from trainer.config import LogConfig
-from trainer.faults import Spikes, StopFlag, memory_error
+from trainer.faults import Spikes, StopFlag, Stopped, memory_error
 from trainer.metrics import Reporter, read_lines
 from trainer.watch import Place, Watch, compare
 
@@ -127,6 +127,9 @@ def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
 # ranks that fail, hang, or never come
 
 
+LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+
+
 class Recorded(Watch):
     """A watch whose process goes on."""
 
@@ -138,24 +141,54 @@ class Recorded(Watch):
 
 
 @pytest.fixture
-def watches(tmp_path):
-    """Two ranks' watches over a real store, in this process."""
+def starting(tmp_path):
+    """Two ranks' watches over a real store, in this process, before the first step."""
     store = dist.FileStore(str(tmp_path / "store"), 2)
-    both = [Recorded(rank, 2, StopFlag(), 6, tmp_path) for rank in (0, 1)]
+    both = [Recorded(rank, 2, StopFlag(), 6, tmp_path / "run") for rank in (0, 1)]
     for watch in both:
-        watch.mark("the first message")
+        watch.mark("loading the checkpoint")
         watch.begin(store)
-    for watch in both:
-        watch.enter()
     yield both
     for watch in both:
         watch.close()
 
 
-LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+@pytest.fixture
+def watches(starting):
+    """The same, in their steps."""
+    for watch in starting:
+        watch.enter()
+    return starting
 
 
-def test_the_first_error_of_any_rank_is_what_the_others_end_with(watches):
+@pytest.mark.parametrize("requeue", [True, False])
+def test_before_the_first_step_all_end_when_one_is_asked_to(starting, requeue, capfd):
+    first, second = starting
+    second.stop.asked, second.stop.requeue = True, requeue
+    for watch in starting:
+        assert fault_cases.wait_for(lambda watch=watch: watch._ended is not None)
+        with pytest.raises(Stopped):
+            watch.mark("building the model")
+        assert isinstance(watch.verdict(LOST), Stopped)  # the other is gone already
+    assert capfd.readouterr().err == "stopped before the first step\n"
+    assert (first.folder / "requeue").exists() == requeue
+    with pytest.raises(Stopped):
+        first.enter()
+
+
+def test_a_rank_that_does_not_answer_keeps_all_from_ending_before_the_first_step(starting):
+    """A rank that died is why torchrun sends SIGTERM to the rest: that is no stop, and leaves no mark."""
+    first, second = starting
+    second.close()
+    time.sleep(0.5)
+    first.stop.asked = first.stop.requeue = True
+    time.sleep(1)
+    first.mark("building the model")
+    assert not first.folder.exists()
+
+
+def test_the_first_error_of_any_rank_is_what_the_others_end_with(watches, monkeypatch):
+    monkeypatch.setattr("trainer.watch.GRACE", 2)
     first, second = watches
     second.mark("data", 6)
     error = ValueError("no\nsuch row")

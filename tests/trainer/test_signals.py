@@ -51,6 +51,7 @@ def test_stopped_at_any_moment_a_run_ends_as_if_never_stopped(pool, corpus_dir, 
         assert codes == [0] * world
         finished = any(x.get("event") == "finished" for x in read_lines(folder / "metrics.jsonl"))
         assert (folder / "requeue").exists() != finished
+        assert kind != "start" or count(folder / "metrics.jsonl") == 0
     if not finished:  # the last signal may come when the run is over
         assert fault_cases.signalled(**words | {"kind": "never"}) == 0 if world == 1 else pool.run(
             world, SIGNALLED, **words | {"kind": "never"}
@@ -64,6 +65,30 @@ def test_stopped_at_any_moment_a_run_ends_as_if_never_stopped(pool, corpus_dir, 
     assert evaluated(folder / "metrics.jsonl") == evaluated(unbroken / "metrics.jsonl") == list(range(1, 9))
     names = [sorted(p.name for p in (f / "samples").iterdir()) for f in (folder, unbroken)]
     assert names[0] == names[1] and len(names[0]) == 4
+
+
+PAUSES = [(1, "the first message", []), (4, "evaluation", []), (70, "sampling", [2])]
+
+
+@pytest.mark.parametrize("call, phase, lines", PAUSES)
+def test_an_evaluation_and_a_sample_are_left_where_they_are(corpus_dir, tmp_path, monkeypatch, call, phase, lines):
+    from trainer import loop
+
+    calls, plain = [], loop.pause
+
+    def pause(run):
+        calls.append(run.watch.place.phase)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert fault_cases.wait_for(lambda: run.stop.asked)
+        plain(run)
+
+    monkeypatch.setattr(loop, "pause", pause)
+    more = ["run.name=long", "train.steps=2", "eval.final=all", "train.micro_batch_size=1", "sample.max_new_tokens=30"]
+    assert cases.run(corpus_dir, tmp_path, *more) == 0
+    assert len(calls) == call and calls[-1] == phase
+    assert evaluated(tmp_path / "long" / "metrics.jsonl") == lines
+    assert (tmp_path / "long" / "requeue").exists() and not (tmp_path / "long" / "samples").exists()
 
 
 def test_ctrl_c_leaves_no_mark_and_a_start_clears_one(corpus_dir, tmp_path):
@@ -180,7 +205,8 @@ def test_a_signal_to_one_rank_during_the_start_ends_all(corpus_dir, tmp_path):
         it.wait_for(lambda: len([pid for pid in it.workers() if hears(pid)]) == 2, "workers")
         os.kill(it.workers()[1], signal.SIGTERM)
         assert it.ends() == 0, it.err
-        assert it.err.count("stopped before the first step") == 1 and "Traceback" not in it.err
+        assert it.err.count("stopped before the first step") + it.out.count("stopped at step 0") == 1
+        assert "Traceback" not in it.err
     assert (tmp_path / "s" / "requeue").exists() and count(tmp_path / "s" / "metrics.jsonl") == 0
 
 

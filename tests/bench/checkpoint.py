@@ -185,7 +185,8 @@ def resume(repeats: int) -> Figure:
                     times[kind].append(time.perf_counter() - began)
                     process.terminate()
             shutil.rmtree(run)
-    return figure("start to the first step, resumed", times["resumed"], times["fresh"], "time over a fresh one", "")
+    what = "start to the first step, resumed"
+    return figure(what, times["resumed"], times["fresh"], "time over a fresh one", "10 s more")
 
 
 def wait_for_step(metrics: Path, starts: int, alive: Callable[[], int | None]) -> None:

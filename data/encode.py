@@ -4,17 +4,18 @@ Each batch is encoded in a process of its own, which counts the stories that wou
 batches are under way at a time. A corpus of few batches is encoded right here, sooner than processes start.
 """
 
+import contextlib
 import itertools
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -56,20 +57,32 @@ def _here(parts: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[Enc
 
 
 def _by_processes(parts: Iterable[list[Document]], tokenizer: Tokenizer, processes: int) -> Iterator[Encoded]:
+    """A thread for each process hands it a batch and waits for the tokens.
+
+    Each has a pipe of its own: where processes share one, as in ProcessPoolExecutor, one that is killed in the middle
+    of an answer leaves all waiting for the rest of it.
+    """
     under_way: deque[tuple[list[Document], Future[Ids]]] = deque()
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _begin, (tokenizer.path,))
-    try:
+    with contextlib.ExitStack() as stack:
+        idle = SimpleQueue[_Encoder]()
+        for encoder in [_Encoder(tokenizer.path) for _ in range(processes)]:
+            idle.put(stack.enter_context(encoder))
+
+        def work(texts: list[str]) -> Ids:
+            encoder = idle.get()
+            try:
+                return encoder(texts)
+            finally:
+                idle.put(encoder)
+
+        pool = ThreadPoolExecutor(processes, "encode")
+        stack.callback(pool.shutdown, cancel_futures=True)
         for batch in parts:
-            under_way.append((batch, pool.submit(_work, [document.text for document in batch])))
+            under_way.append((batch, pool.submit(work, [document.text for document in batch])))
             if len(under_way) > AHEAD * processes:
                 yield from _done(*under_way.popleft())
         while under_way:
             yield from _done(*under_way.popleft())
-    except BrokenProcessPool:
-        why = "a process that encodes was killed, maybe for want of memory; the same command goes on"
-        raise UserError(why) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _done(batch: list[Document], ids: "Future[Ids]") -> Iterator[Encoded]:
@@ -119,26 +132,41 @@ def _encode(texts: list[str], words: Words) -> Ids:
     return Ids(ids, ends, [len(text.encode()) for text in texts], [not back for back in came_back])
 
 
-_words: Words  # of this process
+class _Encoder:
+    """A process that encodes batches until its pipe ends, as it does with the one that started it."""
+
+    def __init__(self, model: Path) -> None:
+        context = get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_work, args=(there, model), daemon=True)
+        self._process.start()
+        there.close()
+
+    def __call__(self, texts: list[str]) -> Ids:
+        """Raises UserError when the process is gone."""
+        try:
+            self._pipe.send(texts)
+            answer: Ids = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            why = "a process that encodes was killed, maybe for want of memory; the same command goes on"
+            raise UserError(why) from None
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.close()
+        self._process.join()
 
 
-def _begin(model: Path) -> None:
-    """A process starts; it ends with the one that started it, however that ends, and leaves Ctrl-C to it."""
-    global _words
+def _work(pipe: Connection, model: Path) -> None:
+    """What a process does; Ctrl-C it leaves to the one that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _words = Words(Tokenizer(model))
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(texts: list[str]) -> Ids:
-    return _encode(texts, _words)
+    words = Words(Tokenizer(model))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            pipe.send(_encode(pipe.recv(), words))
 
 
 def _cores() -> int:

@@ -456,3 +456,14 @@ def test_stories_that_change_while_they_are_read_are_refused(capsys):
     assert said == "data.source=s.txt: it changed while it was read; the same command begins anew"
     assert not Path("corpus/manifest.json").exists() and main(words()) == 0
     assert main(words(dir="other")) == 0 and whole("corpus") == whole("other")
+
+
+def test_a_process_killed_in_the_middle_of_its_answer_is_not_waited_for():
+    from data.encode import _Encoder
+
+    with _Encoder(Path(model(STORIES))) as encoder:
+        encoder._pipe.send(STORIES * 1000)  # an answer that no pipe holds at once
+        assert encoder._pipe.poll(60)
+        encoder._process.kill()
+        with pytest.raises(UserError, match="was killed"):
+            encoder([])

@@ -111,7 +111,7 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
     watch.mark("building the model")
     report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
     at_end.callback(report.close)
-    model, dtype = build(config, world, device, tokenizer.vocab_size)
+    model, dtype = build(config, world, device, tokenizer.vocab_size, found)
     optimizer, scale = make_optimizer(model, config.train), LossScale.of(dtype)
     run = Run(
         config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer, degrees(config, world), scale,

@@ -41,29 +41,38 @@ def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> 
         )
 
 
-def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on CUDA from sm80, fp16 below; on a CPU fp32, unless a short trial shows that bf16 is faster."""
+def choose_dtype(wish: str, device: torch.device, before: str | None = None) -> torch.dtype:
+    """`auto` is bf16 on CUDA from sm80, fp16 below; on a CPU fp32, unless a short trial shows that bf16 is faster.
+
+    A trial may end otherwise next time: a run that goes on keeps what it had `before`, unless this CPU has no bf16.
+    """
     if wish != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wish]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if _bf16_pays() else torch.float32
+    if before == "bfloat16":
+        return torch.bfloat16 if _has_bf16() else torch.float32
+    return torch.bfloat16 if before is None and bf16_pays() else torch.float32
 
 
-def _bf16_pays() -> bool:
-    """Whether a product is at least 1.3 times faster in bf16: without AVX512-BF16 or AMX it is 100 times slower."""
+def bf16_pays() -> bool:
+    """Whether a product is at least 1.3 times faster in bf16."""
+    return _has_bf16() and 1.3 * _seconds(torch.bfloat16, 512) < _seconds(torch.float32, 512)
 
-    def seconds(dtype: torch.dtype, size: int) -> float:
-        a, times = torch.ones(size, size, dtype=dtype), []
-        for _ in range(4):  # the best of some: others may be busy here
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
 
-    if seconds(torch.bfloat16, 128) > 4 * seconds(torch.float32, 128):
-        return False
-    return 1.3 * seconds(torch.bfloat16, 512) < seconds(torch.float32, 512)
+def _has_bf16() -> bool:
+    """Without AVX512-BF16 or AMX a product takes 100 times as long as in fp32."""
+    return _seconds(torch.bfloat16, 128) < 4 * _seconds(torch.float32, 128)
+
+
+def _seconds(dtype: torch.dtype, size: int) -> float:
+    """Of a square product, the best of some: others may be busy here."""
+    a, times = torch.ones(size, size, dtype=dtype), []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | None]:

@@ -175,7 +175,7 @@ def notes_on(manifest: dict[str, Any], run: "Run", threads: int) -> list[str]:
         notes.append(f"the learning rate now decays over {steps}: it jumps here")
     now = {
         "world": run.world.size, "degrees": asdict(run.degrees), "threads": threads, "device": run.device.type,
-        "torch": torch.__version__,
+        "dtype": name_of(run.dtype), "torch": torch.__version__,
     }  # fmt: skip
     moved = [f"{key} {manifest[key]} -> {value}" for key, value in now.items() if manifest[key] != value]
     if moved:
@@ -194,10 +194,13 @@ def changes(before: dict[str, dict[str, Any]], config: Config) -> list[str]:
     ]
 
 
-def build(config: Config, world: World, device: torch.device, vocab_size: int) -> tuple[Transformer, torch.dtype]:
+def build(
+    config: Config, world: World, device: torch.device, vocab_size: int, found: Checkpoint | None
+) -> tuple[Transformer, torch.dtype]:
     """The model on this rank, with its initial weights, and the dtype it computes in."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    wish = machine.choose_dtype(config.train.dtype, device)  # `auto` may try it out, and ranks may find otherwise
+    before = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
+    wish = machine.choose_dtype(config.train.dtype, device, before)  # ranks that try it out may find otherwise
     dtype = dtypes[mesh.agree(dtypes.index(wish))]
     layout = mesh.make_mesh(degrees(config, world), device)
     model = fsdp.build(
@@ -238,11 +241,11 @@ def begin(
         run.report.say(without)
     if advice := mesh.advice(run.world, config.model, run.degrees):
         run.report.say(advice)
-    d, dtype = run.degrees, str(run.dtype).removeprefix("torch.")
+    d = run.degrees
     run.report.say(
         f"{folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {run.world.size} processes on "
         f"{run.device.type} (replicate {d.replicate} x shard {d.shard}, expert {d.expert}), {threads} threads each, "
-        f"{dtype}; {run.steps} steps of {share.global_batch_size} x {config.data.seq_len} tokens"
+        f"{name_of(run.dtype)}; {run.steps} steps of {share.global_batch_size} x {config.data.seq_len} tokens"
     )
     run.report.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
 
@@ -280,4 +283,9 @@ def state_of(run: Run) -> dict[str, Any]:
         "degrees": asdict(run.degrees),
         "threads": torch.get_num_threads(),
         "device": run.device.type,
+        "dtype": name_of(run.dtype),
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

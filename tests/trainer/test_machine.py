@@ -20,9 +20,19 @@ def test_dtype_by_wish_and_by_device():
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_auto_on_a_cpu_is_what_the_trial_says(monkeypatch, pays):
-    monkeypatch.setattr(machine, "_bf16_pays", lambda: pays)
+    monkeypatch.setattr(machine, "bf16_pays", lambda: pays)
     wanted = torch.bfloat16 if pays else torch.float32
     assert machine.choose_dtype("auto", torch.device("cpu")) == wanted
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_that_goes_on_keeps_what_a_trial_found(monkeypatch, has):
+    monkeypatch.setattr(machine, "_has_bf16", lambda: has)
+    for pays in (True, False):
+        monkeypatch.setattr(machine, "bf16_pays", lambda pays=pays: pays)
+        assert machine.choose_dtype("auto", torch.device("cpu"), "float32") == torch.float32
+        wanted = torch.bfloat16 if has else torch.float32  # with none a step would take 100 times as long
+        assert machine.choose_dtype("auto", torch.device("cpu"), "bfloat16") == wanted
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

@@ -79,6 +79,14 @@ def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path
     assert len(said) == 1 and "world 2 -> 1, degrees {" in said[0] and "torch" not in said[0]
 
 
+def test_auto_stays_what_it_was(corpus_dir, tmp_path, monkeypatch):
+    words = ["run.name=r", "train.steps=4"]
+    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2", "train.dtype=float32") == 0
+    monkeypatch.setattr("trainer.machine.bf16_pays", lambda: True)  # what another trial might say
+    assert cases.run(corpus_dir, tmp_path, *words, "train.dtype=auto") == 0
+    assert read_manifest(complete(tmp_path / "r" / "checkpoints")[-1])["dtype"] == "float32"
+
+
 def test_where_it_was_saved_and_goes_on_is_compared(corpus_dir, tmp_path, capsys):
     words = ["run.name=r", "train.steps=4"]
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0

@@ -53,6 +53,7 @@ class StopFlag:
 
     asked = False
     requeue = False
+    stepped = False  # set once a step of this start is done: a job whose time is over before would go round forever
 
     def listen(self) -> "StopFlag":
         """Hear signals from now on. From the main thread only."""
@@ -95,11 +96,13 @@ class StopFlag:
     def _hear(self, number: signal.Signals, now: float) -> None:
         first = self._heard.setdefault(number.name == "SIGUSR1", now)
         if not self.asked:
-            self.requeue = number.name in ("SIGTERM", "SIGUSR1")
+            self.requeue = number.name == "SIGTERM" or (number.name == "SIGUSR1" and self.stepped)
             self.asked = True
             ASKED.set()
             if number == signal.SIGINT:
                 tell("Ctrl-C: saving after this step; once more ends at once")
+            elif number.name == "SIGUSR1" and not self.stepped:
+                tell("SIGUSR1 before a step was done: not to be queued again; give it more time")
         elif now - first > REPEAT:
             tell(f"{number.name} again: ending at once, without saving")
             end_launcher()

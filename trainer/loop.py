@@ -162,6 +162,7 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
     started = time.perf_counter()
     for batch, waited in timed(run, last):
         result = train_step(run, batch)
+        run.stop.stepped = True
         now = time.perf_counter()
         seconds, started = now - started, now
         run.report.train(

@@ -119,6 +119,7 @@ FLAG = """
 import os, signal, time
 from trainer.faults import StopFlag
 with StopFlag() as stop:
+    stop.stepped = True
     first = time.monotonic()
     for name, after in {signals}:
         time.sleep(max(0, first + after - time.monotonic()))
@@ -208,6 +209,22 @@ def test_a_signal_to_one_rank_during_the_start_ends_all(corpus_dir, tmp_path):
         assert it.err.count("stopped before the first step") + it.out.count("stopped at step 0") == 1
         assert "Traceback" not in it.err
     assert (tmp_path / "s" / "requeue").exists() and count(tmp_path / "s" / "metrics.jsonl") == 0
+
+
+def test_a_time_limit_before_the_first_step_leaves_no_mark(corpus_dir, tmp_path, monkeypatch, capfd):
+    """It would be queued again, and get no further."""
+    from trainer import loop
+
+    build = loop.build
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return build(*args)
+
+    monkeypatch.setattr(loop, "build", signalled)
+    assert cases.run(corpus_dir, tmp_path, "run.name=u") == 0
+    assert not (tmp_path / "u" / "requeue").exists() and count(tmp_path / "u" / "metrics.jsonl") == 0
+    assert "SIGUSR1 before a step was done: not to be queued again" in capfd.readouterr().err
 
 
 @pytest.mark.slow

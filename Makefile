@@ -10,13 +10,14 @@ export PYTHONDONTWRITEBYTECODE =
 python = .venv/bin/python
 installed = .venv/installed-$(EXTRAS)
 
-.PHONY: help train test test-quick bench chaos lint clean
+.PHONY: help train test test-quick bench learn chaos lint clean
 
 help:
 	@echo "make train        data, then training:  CONFIG=$(CONFIG) N=$(N) (processes) ARGS='section.key=value ...'"
 	@echo "make test         the whole test suite:  ARGS='-k router' and other pytest options"
 	@echo "make test-quick   the tests that are not marked slow"
 	@echo "make bench        speed as ratios, measured in one run (minutes): a table, and bench.json"
+	@echo "make learn        three runs (bias, no bias, dense) against the true floor: a table and a picture"
 	@echo "make chaos        a run killed again and again (KILLS=$(KILLS)), compared with one left alone: a table"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove .venv and caches; runs and corpora stay"
@@ -40,6 +41,9 @@ test-quick: $(installed)
 
 bench: $(installed)
 	@$(python) -m tests.bench $(ARGS)
+
+learn: $(installed)
+	@$(python) -m tests.learn $(ARGS)
 
 chaos: $(installed)
 	@$(python) -m tests.chaos --kills $(KILLS) $(ARGS)

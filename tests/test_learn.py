@@ -21,7 +21,7 @@ def test_the_dense_twin_has_as_many_parameters_at_work():
 
 @pytest.mark.slow
 def test_three_runs_are_compared(tmp_path, capsys):
-    small = ["data.stories=300", "data.vocab_size=320", "data.validation=0.1", "data.seq_len=256", "model.dim=16"]
+    small = ["data.stories=300", "data.vocab_size=512", "data.validation=0.1", "data.seq_len=256", "model.dim=16"]
     small += ["model.n_layers=1", "train.global_batch_size=4", "train.micro_batch_size=2", "sample.max_new_tokens=4"]
     small += ["train.warmup_steps=1", "model.expert_dim=16"]
     for _ in range(2):  # the second time it finds them done

@@ -102,6 +102,7 @@ def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: 
         result = plain_step(run, batch)
         same = [torch.equal(a, b) for a, b in zip(before, state(run), strict=True)]
         told.append({"step": run.step, "moved": not all(same), "skipped": run.skipped, "tokens": run.tokens})
+        told[-1]["scale"] = run.scale.value
         return result
 
     with mock.patch.object(transformer, "linear_cross_entropy", loss), mock.patch("trainer.loop.train_step", step):

@@ -44,6 +44,14 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_on_any(pool, corpus
     assert [x["step"] for x in lines if x["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
+def test_an_infinity_on_one_rank_halves_the_scale_of_fp16_on_all(pool, corpus_dir, tmp_path):
+    words = dict(corpus=str(corpus_dir), runs=str(tmp_path), rank=1, what="gradient", at=[2])
+    more = ["run.name=inf", "train.steps=3", "train.dtype=float16"]
+    for steps in pool.run(2, POISONED, **words, more=more):
+        assert [(x["moved"], x["scale"]) for x in steps] == [(True, 2**16), (False, 2**15), (True, 2**15)]
+
+
 def test_too_many_skipped_steps_end_the_run_with_the_last_good_checkpoint(corpus_dir, tmp_path):
     more = ["run.name=nan", "checkpoint.every=1", "checkpoint.keep=1", "train.max_skipped=3"]
     told = fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 99)))

@@ -20,11 +20,7 @@ def test_transfers_hide_behind_the_shared_expert():
     try:
         with hosts.two_hosts("300mbit") as names:
             while len(tries) < 3 and (not tries or min(tries[-1].values()) < 0.8):
-                try:
-                    lines = [out.splitlines()[-1] for out in hosts.run(names, "tests.parallel.slow_link")]
-                except AssertionError as crash:  # seen once: a rank aborted while Python ended, after all was done
-                    tries.append({str(crash): 0.0})
-                    continue
+                lines = [out.splitlines()[-1] for out in hosts.run(names, "tests.parallel.slow_link")]
                 ranks = [json.loads(line)["legs"] for line in lines]
                 tries.append({leg: hidden([legs[leg] for legs in ranks]) for leg in LEGS})
     except hosts.NoHosts as why:

@@ -17,6 +17,7 @@ from tests.trainer.fault_cases import SIGINT, SIGTERM, SIGUSR1
 from tests.trainer.lives import ROOT, count, hears, life, processes, torchrun
 from trainer.checkpoint import complete
 from trainer.metrics import read_lines
+from trainer.watch import TICK
 
 SIGNALLED = "tests.trainer.fault_cases:signalled"
 BUSY = ["eval.every=1", "eval.batches=all", "eval.final=all", "sample.every=2", "train.steps=8", "checkpoint.every=100"]
@@ -252,6 +253,7 @@ def test_a_rank_that_is_stopped_is_named_before_the_timeout(corpus_dir, tmp_path
     port, command = free_port(), ["-m", "trainer.main", *words]
     with by_hand(command, tmp_path, 0, port) as first, by_hand(command, tmp_path, 1, port) as second:
         first.wait_for(lambda: count(tmp_path / "h" / "metrics.jsonl") > 3, "steps")
+        time.sleep(3 * TICK)  # until it has left a step in the store
         os.kill(second.pid, signal.SIGSTOP)
         assert first.ends() == 1
         line = first.err.strip().splitlines()[-1]

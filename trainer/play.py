@@ -9,6 +9,8 @@
 """
 
 import argparse
+import errno
+import ipaddress
 import json
 import os
 import socket
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 PORTS = range(7860, 7960)  # tried in turn, as gradio does
 PAUSE = 0.05  # seconds between two pictures of a story, at least
 LONGEST = 2000  # tokens of a story, at most: each picture shows it whole
+KNOBS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float}
+KNOBS |= {"seed": int}
 Experts = dict[int, list[tuple[int, ...]]]  # layer -> for each token the experts (K) that took it, the best first
 
 
@@ -57,7 +61,7 @@ def spans(tokenizer: "Tokenizer", ids: Sequence[int], ended: bool = True) -> Ite
             yield Span(text, start, place + 1)
             start = place + 1
     if ended and (text := decoder.flush()):
-        yield Span(text, start, len(ids))
+        yield Span(text, min(start, len(ids) - 1), len(ids))
 
 
 class Routes:
@@ -102,7 +106,7 @@ class Story:
     stop: bool = False
 
     def begin(self, ids: list[int]) -> None:
-        self.ids, self.prompt, self.experts, self.note = ids, len(ids), {}, ""
+        self.ids, self.prompt, self.experts, self.note = ids, len(ids), {}, "writing"
         self.running, self.stop = True, False
 
     def add(self, token: int | None, experts: Experts) -> None:
@@ -140,30 +144,28 @@ def markup(story: Story, tokenizer: "Tokenizer", n_experts: int) -> str:
     took = [] if story.layer is None else story.experts.get(story.layer, [])[1:]
     parts = []
     for text, start, stop in spans(tokenizer, story.ids, not story.running):
-        classes = ["prompt"] if start < story.prompt else []
-        classes += [f"{kind}{expert}" for kind, expert in zip("ef", took[start] if start < len(took) else (), strict=False)]
+        best = took[start] if start < len(took) else ()
+        classes = ["prompt"] * (start < story.prompt) + [f"{k}{expert}" for k, expert in zip("ef", best, strict=False)]
         title = "\n".join([json.dumps(text, ensure_ascii=False), *who(took[start:stop], story.layer)])
         parts.append(f'<span class="{" ".join(classes)}" title="{escape(title)}">{escape(text)}</span>')
     loads = Counter(expert for experts in took for expert in experts)
-    legend = [] if story.layer is None else [chip(expert, loads[expert], len(took)) for expert in range(n_experts)]
-    state = "writing" if story.running else story.note
+    legend = [
+        f'<span class="e{expert}{" idle" * (not loads[expert])}" title="expert {expert}: '
+        f'{loads[expert]} of {len(took)} tokens">{expert}</span>'
+        for expert in range(n_experts if story.layer is not None else 0)
+    ]
     return (
         f'<div id="story"{" class=running" * story.running}>{"".join(parts)}</div>'
-        f'<div id="note">{escape(state)}</div><div id="legend">{"".join(legend)}</div>'
+        f'<div id="note">{escape(story.note)}</div><div id="legend">{"".join(legend)}</div>'
     )
 
 
 def who(took: Sequence[tuple[int, ...]], layer: int | None) -> Iterator[str]:
-    """For each token of a span a line on who took it."""
+    """A line for each token of a span."""
     if layer is not None and not took:
-        yield f"layer {layer}: the last token, which no expert has seen"
+        yield f"layer {layer}: no expert has seen it yet"
     for experts in took:
         yield f"layer {layer}: expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts))}"
-
-
-def chip(expert: int, load: int, tokens: int) -> str:
-    idle = "" if load else " idle"
-    return f'<span class="e{expert}{idle}" title="expert {expert}: {load} of {tokens} tokens">{expert}</span>'
 
 
 def colour(expert: int, n_experts: int, dark: bool = False) -> tuple[float, float, float]:
@@ -172,7 +174,7 @@ def colour(expert: int, n_experts: int, dark: bool = False) -> tuple[float, floa
     per_ring = -(-n_experts // 3)
     hue = 360 * (place + ring / 3) / per_ring
     if dark:
-        return (0.32, 0.42, 0.52)[ring], (0.07, 0.10, 0.12)[ring], hue
+        return (0.29, 0.38, 0.47)[ring], (0.065, 0.09, 0.11)[ring], hue
     return (0.94, 0.85, 0.76)[ring], (0.055, 0.10, 0.13)[ring], hue
 
 
@@ -207,14 +209,15 @@ def page(model: "Transformer", tokenizer: "Tokenizer", name: str) -> "gradio.Blo
     """The page: prompt, story, layer and knobs. Each visitor has a `Story` of their own."""
     import gradio as gr
 
-    model.requires_grad_(False).eval()  # no_grad, which belongs to a thread, would not do: each step may have another
+    model.requires_grad_(False).eval()  # no_grad is a thread's, and each step may have another
     routes, config = Routes(model), model.config
     first = routes.layers[0] if routes.layers else None
     look = partial(markup, tokenizer=tokenizer, n_experts=config.n_experts)
 
-    def start(story: Story, prompt: str, *knobs: Any) -> Iterator[str]:
+    def start(story: Story, prompt: str, *values: Any) -> Iterator[str]:
         try:
-            for _ in write(story, model, tokenizer, routes, prompt, Sampling(*knobs)):
+            wish = Sampling(**{knob: KNOBS[knob](value or 0) for knob, value in zip(KNOBS, values, strict=True)})
+            for _ in write(story, model, tokenizer, routes, prompt, wish):
                 yield look(story)
         except UserError as error:
             story.note = str(error).removeprefix("--")
@@ -237,19 +240,20 @@ def page(model: "Transformer", tokenizer: "Tokenizer", name: str) -> "gradio.Blo
             with gr.Column(scale=3, min_width=320):
                 prompt = gr.Textbox("Once upon a time", label="Prompt", lines=2, max_lines=8, elem_id="prompt")
                 with gr.Row():
-                    go = gr.Button("Write", variant="primary", elem_id="write")
-                    halt = gr.Button("Stop", elem_id="stop")
-                shown = gr.HTML(look(Story(first)), js_on_load=None)
-            with gr.Column(scale=1, min_width=260):
+                    go = gr.Button("Write", variant="primary", elem_id="write", min_width=80)
+                    halt = gr.Button("Stop", elem_id="stop", min_width=80)
                 kind = gr.Radio if len(routes.layers) <= 12 else gr.Dropdown
-                layer = kind(routes.layers, value=first, label="Colours of layer", visible=bool(first is not None))
+                layer = kind(routes.layers, value=first, label="Colours of layer", visible=first is not None)
+                shown = gr.HTML(look(Story(first)), js_on_load=None)
+            with gr.Column(scale=1, min_width=240):
                 most = min(LONGEST, config.max_seq_len)
+                slider = partial(gr.Slider, buttons=[])
                 knobs = [
-                    gr.Slider(1, most, min(default.max_new_tokens, most), step=1, label="New tokens, at most"),
-                    gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0: always the likeliest"),
-                    gr.Slider(0, 200, default.top_k, step=1, label="Top-k", info="0: all"),
-                    gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p"),
-                    gr.Slider(1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"),
+                    slider(1, most, min(default.max_new_tokens, most), step=1, label="New tokens"),
+                    slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0: always the likeliest"),
+                    slider(0, 200, default.top_k, step=1, label="Top-k", info="0: all"),
+                    slider(0.05, 1, default.top_p, step=0.05, label="Top-p"),
+                    slider(1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"),
                     gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=2**53),
                 ]
         quiet: Any = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
@@ -265,11 +269,10 @@ def listen(host: str, port: int | None) -> socket.socket:
         try:
             return socket.create_server((host, choice), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
-            why = error.strerror or str(error)
-            if not isinstance(error, socket.gaierror) and port is None and choice != PORTS[-1]:
-                continue
-            raise UserError(f"--host {host} --port {choice}: {why}; give another --port") from None
-    raise AssertionError
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise UserError(f"--host {host}: {error.strerror}; the default, 127.0.0.1, is this machine") from None
+            why = os.strerror(error.errno).lower()
+    raise UserError(f"--port {choice}: {why} at {host}; give another, or none for the first free from {PORTS[0]}")
 
 
 def serve(blocks: "gradio.Blocks", n_experts: int, ear: socket.socket) -> None:
@@ -293,6 +296,8 @@ def serve(blocks: "gradio.Blocks", n_experts: int, ear: socket.socket) -> None:
         time.sleep(0.02)
     if server.started:
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if not ipaddress.ip_address(host).is_loopback:
+        print("whoever reaches this machine can use the page", file=sys.stderr)
     thread.join()
 
 
@@ -311,13 +316,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("the page needs gradio, which is not installed: pip install -e '.[play]'") from None
     from trainer.evaluate import load_model
 
-    ear = listen(args.host, args.port)
-    model, tokenizer, _ = load_model(args.checkpoint)
-    try:
-        serve(page(model, tokenizer, args.checkpoint.name), model.config.n_experts, ear)
-    except KeyboardInterrupt:  # the way to end it
-        print("the page is closed", file=sys.stderr)
-        return 0
+    with listen(args.host, args.port) as ear:
+        model, tokenizer, _ = load_model(args.checkpoint)
+        try:
+            serve(page(model, tokenizer, args.checkpoint.resolve().name), model.config.n_experts, ear)
+        except KeyboardInterrupt:  # the way to end it
+            print("the page is closed", file=sys.stderr)
+            return 0
     return 1
 
 

@@ -155,8 +155,8 @@ def markup(story: Story, tokenizer: "Tokenizer", n_experts: int) -> str:
         for expert in range(n_experts if story.layer is not None else 0)
     ]
     return (
-        f'<div id="story"{" class=running" * story.running}>{"".join(parts)}</div>'
-        f'<div id="note">{escape(story.note)}</div><div id="legend">{"".join(legend)}</div>'
+        f'<div id="legend">{"".join(legend)}</div><div id="story"{" class=running" * story.running}>'
+        f'{"".join(parts)}</div><div id="note">{escape(story.note)}</div>'
     )
 
 
@@ -192,14 +192,14 @@ def style(n_experts: int) -> str:
 
 
 LOOK = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+.gradio-container main { max-width: 1060px; margin: 0 auto !important; }
 #head { font-size: 14px; opacity: .75; } #head b { font-size: 20px; font-weight: 600; margin-right: .6em; }
 #story { font-size: 18px; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; min-height: 9em; }
 #story span { border-radius: 3px; padding: 1px 0; border-bottom: 3px solid transparent; }
 #story .prompt { font-weight: 600; }
 #story.running::after { content: "\\258d"; opacity: .4; }
 #note { font-size: 13px; opacity: .6; min-height: 1.6em; margin-top: .5em; }
-#legend { display: flex; flex-wrap: wrap; gap: 3px; margin-top: .25em; }
+#legend { display: flex; flex-wrap: wrap; gap: 3px; margin-bottom: .75em; }
 #legend span { font-size: 11px; min-width: 24px; text-align: center; border-radius: 3px; padding: 0 3px; }
 #legend .idle { opacity: .35; }
 """
@@ -233,7 +233,7 @@ def page(model: "Transformer", tokenizer: "Tokenizer", name: str) -> "gradio.Blo
     experts = f"{config.n_experts} experts, {config.top_k} for each token" if routes.layers else "no experts"
     words = f"<b>{escape(name)}</b>{config.n_layers} layers, {experts}"
     default = Sampling()
-    with gr.Blocks(title=name, analytics_enabled=False) as blocks:
+    with gr.Blocks(title=name, analytics_enabled=False, fill_width=True) as blocks:
         story = gr.State(Story(first))
         gr.HTML(words, elem_id="head", js_on_load=None)
         with gr.Row():
@@ -245,13 +245,13 @@ def page(model: "Transformer", tokenizer: "Tokenizer", name: str) -> "gradio.Blo
                 kind = gr.Radio if len(routes.layers) <= 12 else gr.Dropdown
                 layer = kind(routes.layers, value=first, label="Colours of layer", visible=first is not None)
                 shown = gr.HTML(look(Story(first)), js_on_load=None)
-            with gr.Column(scale=1, min_width=240):
+            with gr.Column(scale=1, min_width=250):
                 most = min(LONGEST, config.max_seq_len)
                 slider = partial(gr.Slider, buttons=[])
                 knobs = [
                     slider(1, most, min(default.max_new_tokens, most), step=1, label="New tokens"),
-                    slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0: always the likeliest"),
-                    slider(0, 200, default.top_k, step=1, label="Top-k", info="0: all"),
+                    slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0 is greedy"),
+                    slider(0, 200, default.top_k, step=1, label="Top-k", info="0 keeps all"),
                     slider(0.05, 1, default.top_p, step=0.05, label="Top-p"),
                     slider(1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"),
                     gr.Number(default.seed, label="Seed", precision=0, minimum=0, maximum=2**53),

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,29 +106,22 @@ class Story:
     running: bool = False
     stop: bool = False
 
-    def begin(self, ids: list[int]) -> None:
-        self.ids, self.prompt, self.experts, self.note = ids, len(ids), {}, "writing"
-        self.running, self.stop = True, False
-
-    def add(self, token: int | None, experts: Experts) -> None:
-        if token is not None:
-            self.ids.append(token)
-        for layer, took in experts.items():
-            self.experts.setdefault(layer, []).extend(took)
-
 
 def write(
     story: Story, model: "Transformer", tokenizer: "Tokenizer", routes: Routes, prompt: str, sampling: Sampling
 ) -> Iterator[None]:
     """Lets the story grow, and pauses where it is worth a look. Ends early when someone sets `story.stop`."""
-    story.begin(tokenizer.encode(prompt))
+    story.ids, story.experts = tokenizer.encode(prompt), {layer: [] for layer in routes.layers}
+    story.prompt, story.note, story.running, story.stop = len(story.ids), "writing", True, False
     tokens, shown = generate(model, tokenizer, prompt, sampling), 0.0
     try:
         while not story.stop:
             token, experts = routes.step(tokens)
-            story.add(token, experts)
+            for layer, took in experts.items():
+                story.experts[layer] += took
             if token is None:
                 break
+            story.ids.append(token)
             if time.monotonic() - shown > PAUSE:
                 yield
                 shown = time.monotonic()
@@ -140,7 +134,7 @@ def write(
 
 
 def markup(story: Story, tokenizer: "Tokenizer", n_experts: int) -> str:
-    """The story as HTML: a span for each part, its classes the experts; below, the experts and their loads."""
+    """The experts and their loads, then the story as HTML: a span for each part, its classes the experts."""
     took = [] if story.layer is None else story.experts.get(story.layer, [])[1:]
     parts = []
     for text, start, stop in spans(tokenizer, story.ids, not story.running):
@@ -179,16 +173,12 @@ def colour(expert: int, n_experts: int, dark: bool = False) -> tuple[float, floa
 
 
 def style(n_experts: int) -> str:
-    """The page's CSS: how a story looks, and two colours (light, dark) for each expert.
-
-    A second expert shows as a line below the token.
-    """
-
-    def rules(before: str, dark: bool) -> str:
-        tones = [(e, "oklch({:.3f} {:.3f} {:.1f})".format(*colour(e, n_experts, dark))) for e in range(n_experts)]
-        return "".join(f"{before}.e{e}{{background:{tone}}}{before}.f{e}{{border-color:{tone}}}" for e, tone in tones)
-
-    return LOOK + rules("", False) + rules(".dark ", True)
+    """The page's CSS: how a story looks, and each expert's colours; a second expert is a line below the token."""
+    rules = [LOOK]
+    for where, expert in product(("", ".dark "), range(n_experts)):
+        tone = "oklch({:.3f} {:.3f} {:.1f})".format(*colour(expert, n_experts, bool(where)))
+        rules.append(f"{where}.e{expert} {{ background: {tone} }} {where}.f{expert} {{ border-color: {tone} }}")
+    return "\n".join(rules)
 
 
 LOOK = """
@@ -282,7 +272,7 @@ def serve(blocks: "gradio.Blocks", n_experts: int, ear: socket.socket) -> None:
     from fastapi import FastAPI
 
     host, port = ear.getsockname()[:2]
-    font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # gradio's own come from the network
+    font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the reader's own
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, "/", host, port, show_error=False,
         theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", font=font, font_mono=mono),

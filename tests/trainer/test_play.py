@@ -135,7 +135,7 @@ def test_markup_escapes_and_names_the_experts_of_the_layer_that_is_shown(tokeniz
         ) in html
         assert html.count("idle") < 31 == html.count('tokens">')
     assert "layer 3: no expert has seen it yet" in html
-    assert all(f".e{expert}{{" in style(31) and f".dark .f{expert}{{" in style(31) for expert in range(31))
+    assert all(f".e{expert} {{" in style(31) and f".dark .f{expert} {{" in style(31) for expert in range(31))
 
 
 def test_a_dense_model_writes_without_colours(tokenizer):
@@ -162,6 +162,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
         assert guarded(lambda: play.main(["--checkpoint", str(tmp_path), *words])) == 2
         return capfd.readouterr().err
 
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the command sets some
     with play.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setitem(sys.modules, "gradio", None)
@@ -313,6 +314,7 @@ def stop_and_leave(browser, url, said):
     assert int(lines[-1].split()[3]) < 2000
     browser.go(url)
     browser.wait("!!document.querySelector('#write') && !!document.querySelector('#prompt textarea')")
+    assert browser.run(TEXT) == ""  # the story was another visitor's
     browser.type("#prompt textarea", "1" * 5000)
     browser.click("#write")
     assert browser.wait(f"/^prompt: /.test({NOTE}) && {NOTE}").endswith("the model takes at most 4000")

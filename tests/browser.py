@@ -13,6 +13,18 @@ from typing import Any
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe""".split()
 PATIENCE = 120.0  # seconds; a loaded machine is slow
+# the middle of an element that has not moved for a while and is covered by no other
+PLACE = """(async () => {
+    const place = () => {
+        const e = document.querySelector(%s);
+        e?.scrollIntoView({block: 'center'});
+        const r = e?.getBoundingClientRect(), spot = r && [r.x + r.width / 2, r.y + r.height / 2];
+        return spot && e.contains(document.elementFromPoint(...spot)) && spot;
+    };
+    const before = place();
+    await new Promise(done => setTimeout(done, 200));
+    return before && String(before) === String(place()) && before;
+})()"""
 
 
 class Browser:
@@ -90,11 +102,8 @@ class Browser:
         self.call("Page.navigate", url=url)
 
     def click(self, selector: str) -> None:
-        """With the mouse, where the element is."""
-        spot = self.wait(
-            f"(e => {{ if (!e) return; e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
-            f" return [r.x + r.width / 2, r.y + r.height / 2] }})(document.querySelector({json.dumps(selector)}))"
-        )
+        """With the mouse, where the element is as soon as it stays there."""
+        spot = self.wait(PLACE % json.dumps(selector))
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=spot[0], y=spot[1], button="left", clickCount=1)
 

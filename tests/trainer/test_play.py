@@ -27,6 +27,7 @@ from trainer.play import Routes, Story, colour, markup, spans, style, write
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # in processes of its own: gradio warns, and warnings are errors here
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="the extra `play` is not installed")
+NAME = "<img src=x onerror=hit()>"
 HOSTILE = '<script>hit()</script><img src=x onerror="hit()"> &amp; "\' ${hit()} {{hit}} <b>é🙂</b>\n\tTom'
 
 
@@ -46,8 +47,8 @@ def tokenizer(corpus_dir):
 def run(corpus_dir, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     more = ["model.n_experts=31", "model.top_k=2", "model.max_seq_len=4000", "model.n_layers=4", "model.moe_every=2"]
-    cases.run(corpus_dir, runs, "run.name=<made>", "train.steps=3", *more)
-    return runs / "<made>"
+    cases.run(corpus_dir, runs, f"run.name={NAME}", "train.steps=3", *more)
+    return runs / NAME
 
 
 def model_of(tokenizer, **keys):
@@ -256,6 +257,7 @@ def test_the_page_in_a_browser(server, tmp_path):
 
 def hostile_story(browser):
     browser.wait("!!document.querySelector('#write') && !!document.querySelector('#prompt textarea')")
+    assert browser.run("document.querySelector('#head b').textContent") == browser.run("document.title") == NAME
     browser.type("#prompt textarea", HOSTILE)
     browser.type("input[aria-label='number input for Temperature']", "0")
     browser.type("input[aria-label='number input for New tokens']", "40")

@@ -177,7 +177,7 @@ def style(n_experts: int) -> str:
     rules = [LOOK]
     for where, expert in product(("", ".dark "), range(n_experts)):
         tone = "oklch({:.3f} {:.3f} {:.1f})".format(*colour(expert, n_experts, bool(where)))
-        rules.append(f"{where}.e{expert} {{ background: {tone} }} {where}.f{expert} {{ border-color: {tone} }}")
+        rules.append(f"{where}.e{expert} {{ background: {tone} }} {where}.f{expert} {{ --second: {tone} }}")
     return "\n".join(rules)
 
 
@@ -185,7 +185,7 @@ LOOK = """
 .gradio-container main { max-width: 1060px; margin: 0 auto !important; }
 #head { font-size: 14px; opacity: .75; } #head b { font-size: 20px; font-weight: 600; margin-right: .6em; }
 #story { font-size: 18px; line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; min-height: 9em; }
-#story span { border-radius: 3px; padding: 1px 0; border-bottom: 3px solid transparent; }
+#story span { border-radius: 3px; padding: 1px 0; border-bottom: 3px solid var(--second, transparent); }
 #story .prompt { font-weight: 600; }
 #story.running::after { content: "\\258d"; opacity: .4; }
 #note { font-size: 13px; opacity: .6; min-height: 1.6em; margin-top: .5em; }

@@ -219,7 +219,8 @@ def server(run, tmp_path):
 
 
 SPANS = """[...document.querySelectorAll('#story span')].map(e =>
-    ({text: e.textContent, title: e.title, kind: e.className, colour: getComputedStyle(e).backgroundColor}))"""
+    ({text: e.textContent, title: e.title, kind: e.className, colour: getComputedStyle(e).backgroundColor,
+    line: getComputedStyle(e).borderBottomColor}))"""
 NOTE = "document.querySelector('#note').textContent"
 TEXT = "document.querySelector('#story').textContent"
 
@@ -278,7 +279,9 @@ def hostile_story(browser):
     assert [chip["text"] for chip in chips] == [str(expert) for expert in range(31)]
     assert len({chip["colour"] for chip in chips}) == 31
     colours = {f"e{chip['text']}": chip["colour"] for chip in chips}
-    assert all(colours[part["kind"].split()[1]] == part["colour"] for part in parts if "prompt" in part["kind"])
+    for part in parts[:20]:
+        _, best, second = part["kind"].split()
+        assert (part["colour"], part["line"]) == (colours[best], colours[second.replace("f", "e")])
 
 
 def other_layer(browser):

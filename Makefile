@@ -22,10 +22,10 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove .venv and caches; runs and corpora stay"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv (default: the newest of 3.11 to 3.14)"
-	@echo "EXTRAS=$(EXTRAS) chooses the extras of setup.cfg to install: dev, hub, play"
+	@echo "EXTRAS=$(EXTRAS) chooses the extras of setup.cfg to install: dev, hub, play (make test adds play)"
 
-$(installed): setup.cfg constraints.txt
-	@PYTHON="$(PYTHON)" sh launch/install.sh $(EXTRAS)
+.venv/installed-%: setup.cfg constraints.txt
+	@PYTHON="$(PYTHON)" sh launch/install.sh $*
 	@touch $@
 
 train: $(installed)
@@ -33,7 +33,7 @@ train: $(installed)
 	echo "prepare: $$(($$(date +%s) - start)) s"
 	@exec $(python) -m launch.torchrun --nproc_per_node=$(N) -m trainer.main --config $(CONFIG) $(ARGS)
 
-test: $(installed)
+test: $(installed),play
 	@$(python) -m pytest $(ARGS)
 
 test-quick: $(installed)

@@ -22,7 +22,7 @@ def print_plan(config: Config) -> None:
     if world.rank != 0:
         return
     device = machine.choose_device(config.run.device, world)
-    dtype = machine.choose_dtype(config.train.dtype, device)
+    dtype = machine.choose_dtype(config.train.dtype, device, config.model.dim)
     d = degrees(config, world)
     share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     if (Path(config.data.dir) / "manifest.json").exists():

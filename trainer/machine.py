@@ -41,8 +41,9 @@ def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> 
         )
 
 
-def choose_dtype(wish: str, device: torch.device, before: str | None = None) -> torch.dtype:
-    """`auto` is bf16 on CUDA from sm80, fp16 below; on a CPU fp32, unless a short trial shows that bf16 is faster.
+def choose_dtype(wish: str, device: torch.device, dim: int, before: str | None = None) -> torch.dtype:
+    """`auto` is bf16 on CUDA from sm80, fp16 below; on a CPU fp32, unless a short trial shows that bf16 is faster for a
+    model of width `dim`.
 
     A trial may end otherwise next time: a run that goes on keeps what it had `before`, unless this CPU has no bf16.
     """
@@ -52,12 +53,13 @@ def choose_dtype(wish: str, device: torch.device, before: str | None = None) -> 
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if before == "bfloat16":
         return torch.bfloat16 if _has_bf16() else torch.float32
-    return torch.bfloat16 if before is None and bf16_pays() else torch.float32
+    return torch.bfloat16 if before is None and bf16_pays(dim) else torch.float32
 
 
-def bf16_pays() -> bool:
-    """Whether a product is at least 1.3 times faster in bf16."""
-    return _has_bf16() and 1.3 * _seconds(torch.bfloat16, 512) < _seconds(torch.float32, 512)
+def bf16_pays(dim: int) -> bool:
+    """Whether a product of that size is at least 1.3 times faster in bf16: small ones are slower on any CPU."""
+    size = min(dim, 512)
+    return _has_bf16() and 1.3 * _seconds(torch.bfloat16, size) < _seconds(torch.float32, size)
 
 
 def _has_bf16() -> bool:

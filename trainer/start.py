@@ -200,7 +200,8 @@ def build(
     """The model on this rank, with its initial weights, and the dtype it computes in."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     before = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
-    wish = machine.choose_dtype(config.train.dtype, device, before)  # ranks that try it out may find otherwise
+    # `auto` may try it out, and ranks may find otherwise
+    wish = machine.choose_dtype(config.train.dtype, device, config.model.dim, before)
     dtype = dtypes[mesh.agree(dtypes.index(wish))]
     layout = mesh.make_mesh(degrees(config, world), device)
     model = fsdp.build(

@@ -102,7 +102,7 @@ def peer(size: str, dtype: torch.dtype, threads: int, keep: bool) -> None:
 def measure(repeats: int) -> list[Figure]:
     """All figures of the step, in fp32, and in bf16 where that is faster at all; two models at a time in memory."""
     keep_freed_memory()
-    dtypes = [torch.float32, torch.bfloat16] if bf16_pays() else [torch.float32]
+    dtypes = [torch.float32, torch.bfloat16] if bf16_pays(256) else [torch.float32]
     if len(dtypes) == 1:
         print("no figures in bf16: on this machine its products are not faster than fp32's", file=sys.stderr)
     peers = {"speed over transformers' grouped Qwen2-MoE": False, "that with this trainer's allocator settings": True}

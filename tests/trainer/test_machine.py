@@ -13,26 +13,26 @@ from trainer import machine
 
 def test_dtype_by_wish_and_by_device():
     cpu = torch.device("cpu")
-    assert machine.choose_dtype("float32", cpu) == torch.float32
-    assert machine.choose_dtype("bfloat16", cpu) == torch.bfloat16
-    assert machine.choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert machine.choose_dtype("float32", cpu, 64) == torch.float32
+    assert machine.choose_dtype("bfloat16", cpu, 64) == torch.bfloat16
+    assert machine.choose_dtype("auto", cpu, 512) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_auto_on_a_cpu_is_what_the_trial_says(monkeypatch, pays):
-    monkeypatch.setattr(machine, "bf16_pays", lambda: pays)
+    monkeypatch.setattr(machine, "bf16_pays", lambda dim: pays)
     wanted = torch.bfloat16 if pays else torch.float32
-    assert machine.choose_dtype("auto", torch.device("cpu")) == wanted
+    assert machine.choose_dtype("auto", torch.device("cpu"), 512) == wanted
 
 
 @pytest.mark.parametrize("has", [True, False])
 def test_a_run_that_goes_on_keeps_what_a_trial_found(monkeypatch, has):
     monkeypatch.setattr(machine, "_has_bf16", lambda: has)
     for pays in (True, False):
-        monkeypatch.setattr(machine, "bf16_pays", lambda pays=pays: pays)
-        assert machine.choose_dtype("auto", torch.device("cpu"), "float32") == torch.float32
+        monkeypatch.setattr(machine, "bf16_pays", lambda dim, pays=pays: pays)
+        assert machine.choose_dtype("auto", torch.device("cpu"), 512, "float32") == torch.float32
         wanted = torch.bfloat16 if has else torch.float32  # with none a step would take 100 times as long
-        assert machine.choose_dtype("auto", torch.device("cpu"), "bfloat16") == wanted
+        assert machine.choose_dtype("auto", torch.device("cpu"), 512, "bfloat16") == wanted
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")

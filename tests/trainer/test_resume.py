@@ -82,7 +82,7 @@ def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path
 def test_auto_stays_what_it_was(corpus_dir, tmp_path, monkeypatch):
     words = ["run.name=r", "train.steps=4"]
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2", "train.dtype=float32") == 0
-    monkeypatch.setattr("trainer.machine.bf16_pays", lambda: True)  # what another trial might say
+    monkeypatch.setattr("trainer.machine.bf16_pays", lambda dim: True)  # what another trial might say
     assert cases.run(corpus_dir, tmp_path, *words, "train.dtype=auto") == 0
     assert read_manifest(complete(tmp_path / "r" / "checkpoints")[-1])["dtype"] == "float32"
 

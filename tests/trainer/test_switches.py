@@ -120,7 +120,7 @@ def test_a_card_too_old_for_torch_is_one_line():
 def test_fp16_on_the_cards_of_kaggle(monkeypatch):
     """A T4 computes bf16 by emulation, though torch calls it supported."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert machine.choose_dtype("auto", torch.device("cuda", 0)) == torch.float16
+    assert machine.choose_dtype("auto", torch.device("cuda", 0), 512) == torch.float16
 
 
 def test_the_kaggle_config_is_valid_and_asks_for_fp16():

@@ -145,6 +145,9 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Rows beyond the sum of counts are nobody's: what comes out for them is undefined, and costs nothing.
     """
+    few = len(rows) < len(weight) and not torch.is_grad_enabled()  # a step of generation
+    if few and (rows.device.type == "cpu" or weight.dtype != rows.dtype):
+        return _chosen_product(rows, weight, counts)
     weight = weight.to(rows.dtype)
     if can_group(rows.dtype, rows.device, weight.shape):
         offsets = counts.cumsum(0).to(torch.int32)
@@ -153,6 +156,16 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     nobodys = rows.shape[0] - sum(sizes)
     parts = [part @ w for part, w in zip(rows.split([*sizes, nobodys]), weight.unbind(0), strict=False)]
     return torch.cat([*parts, rows.new_zeros(nobodys, weight.shape[2])])
+
+
+def _chosen_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_product` that neither casts nor visits the weights of groups without rows. Waits for the device."""
+    out, start = rows.new_zeros(len(rows), weight.shape[2]), 0
+    for group, size in enumerate(counts.tolist()):
+        if size:
+            out[start : start + size] = rows[start : start + size] @ weight[group].to(rows.dtype)
+            start += size
+    return out
 
 
 def can_group(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> bool:

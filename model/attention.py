@@ -129,7 +129,8 @@ class Attention(nn.Module):
         if past is not None:
             out = past.attend(q, k, v, self._fused)
         else:
-            out = self._fused(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, head_dim)
+            out = self._fused(q, k, v, causal=True).transpose(1, 2)
         return F.linear(out.flatten(-2), self.wo.to(out.dtype))
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -53,7 +53,13 @@ class Block(nn.Module):
         self.feed_forward = MoE(config) if config.is_moe(layer) else FeedForward(config.dim, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, places: Places, real: Tensor, keys: Tensor | None, cache: LayerCache | None, shares: Tensor | None
+        self,
+        x: Tensor,
+        places: Places,
+        real: Tensor,
+        keys: Tensor | None,
+        cache: LayerCache | None,
+        shares: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x (B, S, D) -> (B, S, D), and of an MoE block loads (E,) and statistics (3,)."""
         x = x + dropout(self.attend(x, places, cache), self.dropout, keys, ATTENTION)

@@ -23,15 +23,19 @@ def swiglu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # which makes one kernel of it, and decides itself what to keep
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
-    return _SwiGLU.apply(x)
+    return _SwiGLU.apply(x) if torch.is_grad_enabled() else _swiglu(x)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -132,12 +136,26 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(n, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(n, hidden, dim))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`."""
-        return self.swiglu(rows, counts)
+    def forward(self, rows: Tensor, counts: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`.
+
+        With chosen (R,), the expert of each row or E for none, rows are in any order: for few rows and no gradient.
+        """
+        return self.swiglu(rows, counts) if chosen is None else self._each(rows, chosen)
 
     def swiglu(self, rows: Tensor, counts: Tensor) -> Tensor:
         return grouped_product(swiglu(grouped_product(rows, self.gate_up, counts)), self.down, counts)
+
+    def _each(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """Row by row: the weights of experts without rows are neither visited nor cast. Waits for the device."""
+        outs = []
+        for row, expert in zip(rows.split(1), chosen.tolist(), strict=True):
+            if expert == len(self.gate_up):
+                outs.append(torch.zeros_like(row))
+                continue
+            hidden = swiglu(row @ self.gate_up[expert].to(row.dtype))
+            outs.append(hidden @ self.down[expert].to(row.dtype))
+        return torch.cat(outs)
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -145,9 +163,6 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
     Rows beyond the sum of counts are nobody's: what comes out for them is undefined, and costs nothing.
     """
-    few = len(rows) < len(weight) and not torch.is_grad_enabled()  # a step of generation
-    if few and (rows.device.type == "cpu" or weight.dtype != rows.dtype):
-        return _chosen_product(rows, weight, counts)
     weight = weight.to(rows.dtype)
     if can_group(rows.dtype, rows.device, weight.shape):
         offsets = counts.cumsum(0).to(torch.int32)
@@ -156,16 +171,6 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     nobodys = rows.shape[0] - sum(sizes)
     parts = [part @ w for part, w in zip(rows.split([*sizes, nobodys]), weight.unbind(0), strict=False)]
     return torch.cat([*parts, rows.new_zeros(nobodys, weight.shape[2])])
-
-
-def _chosen_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_product` that neither casts nor visits the weights of groups without rows. Waits for the device."""
-    out, start = rows.new_zeros(len(rows), weight.shape[2]), 0
-    for group, size in enumerate(counts.tolist()):
-        if size:
-            out[start : start + size] = rows[start : start + size] @ weight[group].to(rows.dtype)
-            start += size
-    return out
 
 
 def can_group(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> bool:
@@ -291,6 +296,9 @@ class MoE(nn.Module):
         keys (B,) make the router's noise; shares (E,) are the load shares that the auxiliary loss takes.
         """
         tokens = x.flatten(0, 1)  # (T, D)
+        few = len(tokens) * self.router.top_k < len(self.router.bias) and not torch.is_grad_enabled()
+        if few and self.exchange is Stay and keys is None:  # a step of generation
+            return self._few(x, real, shares)
         sent = self.dispatch(x, real, keys, shares)
         trip = self.exchange(sent.rows, sent.loads)
         hidden = None if self.shared is None else self.shared.widen(tokens)
@@ -300,6 +308,16 @@ class MoE(nn.Module):
         home = home.unflatten(0, (-1, self.router.top_k)).sum(1) if self.router.top_k > 1 else home
         out = home if out is None else out + home
         return out.view_as(x), sent.loads, sent.statistics
+
+    def _few(self, x: Tensor, real: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for fewer rows than experts and no gradient: nothing is sorted, only the chosen experts work."""
+        tokens = x.flatten(0, 1)
+        scores, experts, loads, statistics = self.router(tokens, real.flatten(), None, shares)
+        rows = tokens[:, None] * scores[..., None].to(x.dtype)  # (T, K, D)
+        out = self.experts(rows.flatten(0, 1), loads, experts.flatten()).view_as(rows).sum(1)
+        if self.shared is not None:
+            out = self.shared.narrow(self.shared.widen(tokens)) + out
+        return out.view_as(x), loads, statistics
 
     def dispatch(self, x: Tensor, real: Tensor, keys: Tensor | None, shares: Tensor | None) -> Dispatch:
         """Route the tokens and lay out a row for each choice."""

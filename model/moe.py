@@ -140,22 +140,22 @@ class Experts(nn.Module):
         """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`.
 
         With chosen (R,), the expert of each row or E for none, rows are in any order: for few rows and no gradient.
+        Then it waits for the device.
         """
-        return self.swiglu(rows, counts) if chosen is None else self._each(rows, chosen)
+        if chosen is None:
+            return self.swiglu(rows, counts)
+        experts = chosen.tolist()
+        return each_product(swiglu(each_product(rows, self.gate_up, experts)), self.down, experts)
 
     def swiglu(self, rows: Tensor, counts: Tensor) -> Tensor:
         return grouped_product(swiglu(grouped_product(rows, self.gate_up, counts)), self.down, counts)
 
-    def _each(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        """Row by row: the weights of experts without rows are neither visited nor cast. Waits for the device."""
-        outs = []
-        for row, expert in zip(rows.split(1), chosen.tolist(), strict=True):
-            if expert == len(self.gate_up):
-                outs.append(torch.zeros_like(row))
-                continue
-            hidden = swiglu(row @ self.gate_up[expert].to(row.dtype))
-            outs.append(hidden @ self.down[expert].to(row.dtype))
-        return torch.cat(outs)
+
+def each_product(rows: Tensor, weight: Tensor, chosen: list[int]) -> Tensor:
+    """rows (R, K) each with its own of weight (G, K, N) -> (R, N), 0 where that is G: no other is visited or cast."""
+    nobody = rows.new_zeros(1, weight.shape[2])
+    pairs = zip(rows.split(1), chosen, strict=True)
+    return torch.cat([row @ weight[i].to(row.dtype) if i < len(weight) else nobody for row, i in pairs])
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

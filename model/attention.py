@@ -6,7 +6,7 @@
 | its chunk, where chunks divide S | any                    | the same, with chunks as rows of the batch: a view    |
 | its chunk, its document or both  | any but the next       | the same, by groups of segments of like length        |
 | its document, or both            | CUDA from sm80, none   | compiled FlexAttention with a mask of blocks          |
-| what is cached (generation)      | any                    | one query without a mask; several get one             |
+| what is cached (generation)      | any                    | one query a row (`cache.py`)                          |
 
 Nothing of S x S is held, neither mask nor scores. With dropout torch has no fused attention on a CPU: there the scores
 of one group of segments are held at a time.
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cache import LayerCache
 from model.config import ModelConfig, RopeScaling
 from model.norm import rms_norm
 from model.segments import Groups, Past, segmented
@@ -87,22 +88,6 @@ def _changes(x: Tensor) -> Tensor:
     return F.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
 
 
-class KVCache:
-    """Keys and values of one layer, for generation: (B, KV heads, capacity, head_dim), filled from the front."""
-
-    def __init__(self, batch: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
-        self.k = like.new_empty(batch, heads, capacity, head_dim)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, KV heads, S, head_dim) -> all keys and values so far."""
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
 class Attention(nn.Module):
     """Grouped-query attention of layer `layer`."""
 
@@ -110,12 +95,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.rope = config.uses_rope(layer)
-        self.chunk = config.attention_chunk if self.rope else None
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.kv_heads, config.head
         self.wqkv = nn.Parameter(torch.empty((self.heads + 2 * self.kv_heads) * self.head_dim, config.dim))
         self.wo = nn.Parameter(torch.empty(config.dim, self.heads * self.head_dim))
 
-    def forward(self, x: Tensor, places: Places, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
         """x (B, S, D) -> (B, S, D)."""
         return self.attend(*self.project(x, places.positions, places.turn), places, cache)
 
@@ -136,29 +120,18 @@ class Attention(nn.Module):
             q = (q * scale[..., None, None]).to(x.dtype)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: KVCache | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
         """What `project` gave -> (B, S, D)."""
         past = places.chunked if self.rope else places.whole
-        if cache is None and past is not None:
+        if cache is not None:
+            cache.write(k, v)
+            past = cache if q.shape[1] == 1 else past  # prompts see themselves, as without a cache
+        if past is not None:
             out = past.attend(q, k, v, self._fused)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, head_dim)
-            out = self._fused(q, k, v, causal=True) if cache is None else self._cached(q, k, v, cache)
-            out = out.transpose(1, 2)
+            out = self._fused(q, k, v, causal=True).transpose(1, 2)
         return F.linear(out.flatten(-2), self.wo.to(out.dtype))
-
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
-        before, length = cache.length, q.shape[2]
-        k, v = cache.append(k, v)
-        query = torch.arange(before, before + length, device=q.device)
-        first = 0 if self.chunk is None else before // self.chunk * self.chunk  # nobody looks further back
-        key = torch.arange(first, before + length, device=q.device)
-        mask = None
-        if length > 1:
-            mask = key <= query[:, None]
-            if self.chunk is not None:
-                mask &= key // self.chunk == query[:, None] // self.chunk
-        return self._fused(q, k[:, :, first:], v[:, :, first:], mask=mask)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         p = self.config.attention_dropout if self.training else 0.0

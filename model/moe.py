@@ -23,15 +23,19 @@ def swiglu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # which makes one kernel of it, and decides itself what to keep
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
-    return _SwiGLU.apply(x)
+    return _SwiGLU.apply(x) if torch.is_grad_enabled() else _swiglu(x)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -132,12 +136,26 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(n, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(n, hidden, dim))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`."""
-        return self.swiglu(rows, counts)
+    def forward(self, rows: Tensor, counts: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`.
+
+        With chosen (R,), the expert of each row or E for none, rows are in any order: for few rows and no gradient.
+        Then it waits for the device.
+        """
+        if chosen is None:
+            return self.swiglu(rows, counts)
+        experts = chosen.tolist()
+        return each_product(swiglu(each_product(rows, self.gate_up, experts)), self.down, experts)
 
     def swiglu(self, rows: Tensor, counts: Tensor) -> Tensor:
         return grouped_product(swiglu(grouped_product(rows, self.gate_up, counts)), self.down, counts)
+
+
+def each_product(rows: Tensor, weight: Tensor, chosen: list[int]) -> Tensor:
+    """rows (R, K) each with its own of weight (G, K, N) -> (R, N), 0 where that is G: no other is visited or cast."""
+    nobody = rows.new_zeros(1, weight.shape[2])
+    pairs = zip(rows.split(1), chosen, strict=True)
+    return torch.cat([row @ weight[i].to(row.dtype) if i < len(weight) else nobody for row, i in pairs])
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -278,6 +296,9 @@ class MoE(nn.Module):
         keys (B,) make the router's noise; shares (E,) are the load shares that the auxiliary loss takes.
         """
         tokens = x.flatten(0, 1)  # (T, D)
+        few = len(tokens) * self.router.top_k < len(self.router.bias) and not torch.is_grad_enabled()
+        if few and self.exchange is Stay and keys is None:  # a step of generation
+            return self._few(x, real, shares)
         sent = self.dispatch(x, real, keys, shares)
         trip = self.exchange(sent.rows, sent.loads)
         hidden = None if self.shared is None else self.shared.widen(tokens)
@@ -287,6 +308,16 @@ class MoE(nn.Module):
         home = home.unflatten(0, (-1, self.router.top_k)).sum(1) if self.router.top_k > 1 else home
         out = home if out is None else out + home
         return out.view_as(x), sent.loads, sent.statistics
+
+    def _few(self, x: Tensor, real: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for fewer rows than experts and no gradient: nothing is sorted, only the chosen experts work."""
+        tokens = x.flatten(0, 1)
+        scores, experts, loads, statistics = self.router(tokens, real.flatten(), None, shares)
+        rows = tokens[:, None] * scores[..., None].to(x.dtype)  # (T, K, D)
+        out = self.experts(rows.flatten(0, 1), loads, experts.flatten()).view_as(rows).sum(1)
+        if self.shared is not None:
+            out = self.shared.narrow(self.shared.widen(tokens)) + out
+        return out.view_as(x), loads, statistics
 
     def dispatch(self, x: Tensor, real: Tensor, keys: Tensor | None, shares: Tensor | None) -> Dispatch:
         """Route the tokens and lay out a row for each choice."""

@@ -23,8 +23,17 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = weight if weight is None else weight.to(wide)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x.to(wide), weight, eps).to(x.dtype)
+        wide_x = x.to(wide)
+        out = _RMSNorm.apply(wide_x, weight, eps) if torch.is_grad_enabled() else _norm(wide_x, weight, eps)[0]
+        return out.to(x.dtype)
     return F.rms_norm(x.to(wide), x.shape[-1:], weight, eps).to(x.dtype)
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """What comes out, and by what each row was scaled (..., 1)."""
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale if weight is None else (x * scale).mul_(weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -32,10 +41,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return x * scale if weight is None else (x * scale).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -4,14 +4,15 @@ Written as if for one process; `parallel` shards it from outside. Weights are ca
 where they are used, so the same lines run in fp32 and, with sharded and already cast weights, in bf16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Attention, KVCache, Places
+from model.attention import Attention, Places
+from model.cache import KVCache, LayerCache
 from model.config import ModelConfig
 from model.loss import IGNORE, Loss, full_logits, linear_cross_entropy
 from model.moe import FeedForward, MoE
@@ -52,7 +53,13 @@ class Block(nn.Module):
         self.feed_forward = MoE(config) if config.is_moe(layer) else FeedForward(config.dim, config.ffn_dim)
 
     def forward(
-        self, x: Tensor, places: Places, real: Tensor, keys: Tensor | None, cache: KVCache | None, shares: Tensor | None
+        self,
+        x: Tensor,
+        places: Places,
+        real: Tensor,
+        keys: Tensor | None,
+        cache: LayerCache | None,
+        shares: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """x (B, S, D) -> (B, S, D), and of an MoE block loads (E,) and statistics (3,)."""
         x = x + dropout(self.attend(x, places, cache), self.dropout, keys, ATTENTION)
@@ -63,7 +70,7 @@ class Block(nn.Module):
             h = self.feed_forward(h)
         return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads, statistics
 
-    def attend(self, x: Tensor, places: Places, cache: KVCache | None) -> Tensor:
+    def attend(self, x: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
         return self.attention.attend(*self.qkv(x, places.positions, places.turn), places, cache)
 
     def qkv(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,19 +116,25 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         keys: Tensor | None = None,
-        caches: list[KVCache] | None = None,
+        cache: KVCache | None = None,
         shares: Tensor | None = None,
     ) -> Output:
         """Loss of tokens (B, S) against targets (B, S), or logits without targets.
 
-        positions (B or 1, S) default to 0..S-1, or to what follows the caches; documents (B, S) keep attention inside
-        each story; keys (B,) are the sequences' random keys (`sequence_keys`), None for no dropout and no noise;
-        shares (MoE layers, E) are the load shares of the global batch that the auxiliary loss takes.
+        positions (B or 1, S) default to 0..S-1; documents (B, S) keep attention inside each story; keys (B,) are the
+        sequences' random keys (`sequence_keys`), None for no dropout and no noise; shares (MoE layers, E) are the load
+        shares of the global batch that the auxiliary loss takes.
+
+        With a cache the tokens are first prompts, padded on the right to the longest, then (B, 1) a step; a row is one
+        document, and the logits (B, 1, V) are those after its last token.
         """
-        if positions is None:
-            start = caches[0].length if caches else 0
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         real = torch.ones_like(tokens, dtype=torch.bool) if targets is None else targets != IGNORE
+        if cache is not None:
+            if targets is not None or positions is not None or documents is not None:
+                raise ValueError("a cache gives logits, at positions of its own, and its rows are one document each")
+            positions, real = cache.begin(tokens.shape[1])
+        elif positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.embedding(tokens).to(self.compute_dtype)
         dropped = self.training and self.config.attention_dropout > 0
         places = Places.of(self.config, x, positions, documents, dropped)
@@ -131,10 +144,11 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             layer_keys = None if keys is None else fold(keys, i + 1)
             layer_shares = None if shares is None else shares[len(loads)]
-            x, load, statistic = block(x, places, real, layer_keys, caches[i] if caches else None, layer_shares)
+            x, load, statistic = block(x, places, real, layer_keys, cache.layers[i] if cache else None, layer_shares)
             if load is not None and statistic is not None:
                 loads.append(load)
                 statistics.append(statistic)
+        x = x if cache is None else cache.end(x)
         result = self.head(x, targets, self.embedding.weight)
         load = torch.stack(loads) if loads else torch.zeros(0, self.config.n_experts, dtype=torch.int64)
         statistic = torch.stack(statistics) if statistics else torch.zeros(0, 3)
@@ -142,11 +156,10 @@ class Transformer(nn.Module):
         loss, logits = (None, result) if targets is None else (result, None)
         return Output(loss, logits, load, penalty, statistic)
 
-    def new_caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """Empty key-value caches for `capacity` tokens, one a layer."""
+    def new_cache(self, prompts: Sequence[int], capacity: int) -> KVCache:
+        """An empty cache for prompts of these lengths, and `capacity` tokens a row."""
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
-        c = self.config
-        return [KVCache(batch, c.kv_heads, capacity, c.head, like) for _ in self.blocks]
+        return KVCache(self.config, prompts, capacity, like)
 
     def initial_std(self, name: str) -> float:
         """Standard deviation of the initial values of parameter `name`; 0 for norms, which start at 1.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench import around, checkpoint, experts, training
+from tests.bench import around, checkpoint, experts, generation, training
 from tests.bench.harness import HEAD
 
 PARTS = {
@@ -21,6 +21,7 @@ PARTS = {
     "encoding": around.encoding,
     "start": around.start,
     "checkpoint": checkpoint.measure,
+    "generation": generation.measure,
 }
 
 

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.moe import MoE, Router, Stay, can_group, grouped_product
@@ -53,6 +54,47 @@ def test_equals_the_definition_token_by_token(n_experts, top_k, shared, seed, ma
     expected = torch.autograd.grad((want * direction).sum() + 0 * sum(w.sum() for w in weights), weights)
     torch.testing.assert_close(got, expected)
     assert loads.dtype == torch.int64 and int(loads.sum()) == int(real.sum()) * moe.router.top_k
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", [{}, {"top_k": 3}, {"shared_expert": False}])
+def test_few_tokens_of_a_step_of_generation_get_what_the_definition_says(keys):
+    moe = make(n_experts=31, **keys).eval()
+    moe.router.bias.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for masked in (8, 3, 0):
+        real = (torch.arange(8) >= masked).view(4, 2)
+        out, loads, _ = moe(x, real)
+        torch.testing.assert_close(out, by_token(moe, x, real))
+        assert torch.equal(loads, moe.router(x.flatten(0, 1), real.flatten(), None, None).loads)
+
+
+class Work(TorchDispatchMode):
+    """Counts operations, and the numbers that they make."""
+
+    calls = made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func._schema.returns[0].alias_info:  # no view
+            self.calls, self.made = self.calls + 1, self.made + out.numel()
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_generation_does_the_same_work_with_more_experts(dtype):
+    """All but the router's scores; no weight is cast but those of chosen experts."""
+    done = []
+    for n_experts in (7, 127):
+        moe = make(torch.float32, n_experts=n_experts).eval()
+        with Work() as work:
+            moe(torch.ones(3, 1, 8, dtype=dtype), torch.ones(3, 1, dtype=torch.bool))
+        done.append(work)
+    few, many = done
+    assert few.calls == many.calls > 10
+    per_score = 3 * 3 + 2  # of three tokens, product, sigmoid and the like; loads
+    assert few.made < many.made <= few.made + (127 - 7) * (per_score + 8)
 
 
 def test_every_weight_gets_a_gradient_without_any_token():

@@ -65,16 +65,6 @@ def test_rope_layers_see_their_chunk_and_nope_layers_everything():
     assert not torch.equal(whole(tokens).logits[:, 8:], whole(changed).logits[:, 8:])
 
 
-@pytest.mark.parametrize("first", [1, 7, 8, 9, 17])
-def test_cached_equals_uncached(first):
-    model, tokens = make().eval(), random_tokens()
-    caches = model.new_caches(2, 30)
-    parts = [model(tokens[:, :first], caches=caches).logits]
-    parts.append(model(tokens[:, first : first + 5], caches=caches).logits)
-    parts += [model(tokens[:, i : i + 1], caches=caches).logits for i in range(first + 5, 30)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits)
-
-
 def test_rope_turns_interleaved_pairs():
     frequency = rope_frequencies(4, 10_000.0, None, torch.device("cpu"))
     torch.testing.assert_close(frequency, torch.tensor([1.0, 0.01]))

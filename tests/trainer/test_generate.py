@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.trainer import cases
 from trainer.evaluate import load_model
-from trainer.generate import Sampling, choose, generate, main, text_of
+from trainer.generate import BETWEEN, Sampling, choose, generate, generate_batch, main, text_of
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,37 @@ def test_seed_decides_and_training_mode_stays():
     assert not model.training
 
 
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_prompts_together_are_as_each_alone(temperature):
+    """Of unequal lengths, around a chunk of 8; each ends by itself and draws from a generator of its own."""
+    model, tokenizer = byte_model(attention_chunk=8, max_seq_len=40, temperature_floor=4, nope_every=2), Bytes()
+    model.double().compute_dtype = torch.float64  # so that rounding turns no draw
+    with torch.no_grad():
+        model.head.weight[tokenizer.eos] *= 3
+    prompts = ["", "Tom ran", "a", "Mia saw a dog and", "abcdefg", "Tom ran", "x" * 38]
+    keys = dict(temperature=temperature, top_p=0.95, repetition_penalty=1.1)
+    together = [[] for _ in prompts]
+    for row, token in generate_batch(model, tokenizer, prompts, Sampling(30, seed=5, **keys)):
+        together[row].append(token)
+    alone = [list(generate(model, tokenizer, p, Sampling(30, seed=5 + i, **keys))) for i, p in enumerate(prompts)]
+    assert together == alone
+    assert len({len(story) for story in alone}) > 2 and (temperature == 0) == (together[1] == together[5])
+    assert list(generate_batch(model, tokenizer, [], Sampling())) == []
+
+
+def test_whoever_takes_tokens_keeps_gradients_on():
+    model = byte_model()
+    for _ in generate(model, Bytes(), "a", Sampling(3, seed=1)):
+        assert torch.is_grad_enabled()
+        assert model(torch.tensor([[1, 5, 6]]), torch.tensor([[5, 6, 7]])).loss.requires_grad
+
+
 def test_it_ends_at_the_models_length():
     model, tokenizer = byte_model(max_seq_len=10), Bytes()
-    model.head.weight.data[2] = 0
+    model.head.weight.data[2] *= 1e-3  # no eos
     tokens = list(generate(model, tokenizer, "abc", Sampling(100, temperature=0)))
-    assert len(tokens) <= 7
+    assert len(tokens) == 7
+    assert len(list(generate(model, tokenizer, "abcdefghi", Sampling(100, temperature=0)))) == 1
     with pytest.raises(UserError, match="--prompt: 11 tokens, the model takes at most 10"):
         list(generate(model, tokenizer, "abcdefghij", Sampling()))
 
@@ -105,6 +131,20 @@ def test_top_k_and_top_p_keep_only_the_likeliest(seed, top_k, top_p):
     assert drawn <= allowed
 
 
+def test_top_p_of_many_likely_tokens_takes_them_all():
+    """More than are sorted at first."""
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature=1.0, top_p=0.5)
+    drawn = {choose(torch.linspace(0, 1e-3, 1000), [], sampling, generator) for _ in range(3000)}
+    assert min(drawn) >= 499 and len(drawn) > 450
+
+
+def test_a_temperature_near_zero_is_greedy():
+    logits = torch.tensor([-1e30, 3.0, -torch.inf, 3.1])
+    for temperature in (1e-30, 1e-45):
+        assert choose(logits.clone(), [], Sampling(temperature=temperature), torch.Generator()) == 3
+
+
 def test_repetition_penalty_weakens_what_was_seen():
     logits = torch.tensor([2.0, 1.9, -1.0, -1.1])
     greedy = Sampling(temperature=0, repetition_penalty=1.2)
@@ -113,10 +153,17 @@ def test_repetition_penalty_weakens_what_was_seen():
     assert choose(logits.clone(), [3], greedy, torch.Generator()) == 0
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"repetition_penalty": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    ["--temperature=-1", "--temperature=nan", "--temperature=inf", "--top-p=0", "--top-k=-1", "--repetition-penalty=0",
+     "--repetition-penalty=inf", "--max-new-tokens=0", f"--seed={2**63}"],
+)  # fmt: skip
 def test_values_out_of_range_are_refused(bad):
-    with pytest.raises(UserError, match="out of range"):
-        Sampling(**bad)
+    name, value = bad.split("=")
+    with pytest.raises(UserError, match=rf"{name} {value}.*: out of range"):
+        main(["--checkpoint", "nowhere", bad])
+    with pytest.raises(UserError, match="argument --top-k: invalid int value: 'many'"):
+        main(["--checkpoint", "nowhere", "--top-k", "many"])
 
 
 def test_text_comes_in_whole_characters(loaded):
@@ -131,6 +178,19 @@ def test_the_command_writes_story_to_stdout_and_the_rest_to_stderr(run, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith("Once") and captured.out.endswith("\n")
     assert "step-00000003: step 3" in captured.err
+
+
+def test_the_command_with_several_prompts_prints_their_stories_one_after_the_other(run, capsys):
+    words = ["--checkpoint", str(run), "--max-new-tokens", "9", "--temperature", "0"]
+    alone = []
+    for prompt in ("Once", "Tom and", ""):
+        assert main([*words, "--prompt", prompt]) == 0
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    assert main([*words, "--prompt", "Once", "--prompt", "Tom and", "--prompt", ""]) == 0
+    assert capsys.readouterr().out == BETWEEN.join(alone) + "\n"
+    with pytest.raises(UserError, match="--prompt: .* tokens, the model takes at most 512"):
+        main([*words, "--prompt", "Once", "--prompt", "Tom " * 600])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def prepare(hub, tmp_path_factory, tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "data.prepare", f"data.source={source}", *words],
             env=hub.environment(home, PYTHONPATH=str(ROOT), HF_TOKEN="hf_secret") | environment,
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            cwd=tmp_path, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
 
     return run

@@ -240,7 +240,7 @@ def test_an_interrupted_run_says_so_and_can_be_repeated():
         while not list(Path("corpus").glob("train-*.partial")) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 130 and out == ""
     assert [line for line in err.splitlines() if line][-1] == f"interrupted; {GOES_ON}"
     assert "Traceback" not in err
@@ -292,7 +292,7 @@ def test_finished_shards_stay_on_a_full_disk():
 def test_two_at_once_make_one_corpus():
     argv = [*COMMAND, *words(source="storybook", stories=600, vocab_size=310)]
     both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in both]
+    said = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum(out.startswith("ready: ") for out, _ in said) == 1
     Corpus.open("corpus").verify()
@@ -379,7 +379,7 @@ def test_a_process_that_is_killed_is_one_line():
             if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
                 break
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=200)
     said = [line for line in err.splitlines() if not line.startswith("encoding")]
     assert (process.returncode, out, len(said)) == (2, "", 1), err
     assert said[0].startswith("a process that encodes was killed")

@@ -190,7 +190,7 @@ print([c["props"]["visible"] for c in page(model, None, "<x>").config["component
 @pytest.mark.slow
 @needs_gradio
 def test_a_dense_models_page_has_no_choice_of_layer():
-    done = subprocess.run([sys.executable, "-c", DENSE], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", DENSE], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "[False]\n"), done.stderr
 
 

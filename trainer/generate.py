@@ -8,6 +8,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -191,20 +192,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     later = dict.fromkeys(range(1, len(prompts)), "")
     pieces = texts_of(model, tokenizer, prompts, sampling)
     first = next(pieces)  # a prompt that does not fit is told before anything is written
-    sys.stdout.write(prompts[0])
-    for row, piece in chain([first], pieces):
-        if row == 0:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        else:
-            later[row] += piece
-    for row, story in later.items():
-        sys.stdout.write(f"{BETWEEN}{prompts[row]}{story}")
-    sys.stdout.write("\n")
+    with suppress(BrokenPipeError):  # who reads it has enough
+        sys.stdout.write(prompts[0])
+        for row, piece in chain([first], pieces):
+            if row == 0:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            else:
+                later[row] += piece
+        for row, story in later.items():
+            sys.stdout.write(f"{BETWEEN}{prompts[row]}{story}")
+        sys.stdout.write("\n")
     return 0
 
 
 if __name__ == "__main__":
+    from trainer import faults
     from trainer.main import guarded
 
-    sys.exit(guarded(main))
+    faults.end(guarded(main))

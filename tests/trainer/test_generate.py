@@ -180,6 +180,14 @@ def test_the_command_writes_story_to_stdout_and_the_rest_to_stderr(run, capsys):
     assert "step-00000003: step 3" in captured.err
 
 
+def test_a_reader_that_has_enough_ends_it(run):
+    command = [sys.executable, "-m", "trainer.generate", "--checkpoint", str(run), "--max-new-tokens", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(1) == "O"
+        process.stdout.close()
+        assert process.wait(200) == 0 and "Traceback" not in process.stderr.read()
+
+
 def test_the_command_with_several_prompts_prints_their_stories_one_after_the_other(run, capsys):
     words = ["--checkpoint", str(run), "--max-new-tokens", "9", "--temperature", "0"]
     alone = []

@@ -119,6 +119,7 @@ def test_a_stop_while_steps_are_skipped_saves_no_weights_that_may_be_bad(corpus_
 FLAG = """
 import os, signal, time
 from trainer.faults import StopFlag
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, also where this suite runs below it
 with StopFlag() as stop:
     stop.stepped = True
     first = time.monotonic()

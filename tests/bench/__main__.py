@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.bench import around, checkpoint, experts, generation, training
-from tests.bench.harness import HEAD
+from tests.bench.harness import HEAD, Figure
 
 PARTS = {
     "training": training.measure,
@@ -33,11 +33,13 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    figures = [figure for part in args.part for figure in PARTS[part](args.repeats)]
-    result = {"machine": machine, "torch": torch.__version__, "figures": [f.json() for f in figures]}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{machine}, torch {torch.__version__}; {args.repeats} rounds in turns, medians\n\n{HEAD}")
-    print("\n".join(f.row() for f in figures))
+    print(f"{machine}, torch {torch.__version__}; {args.repeats} rounds in turns, medians\n\n{HEAD}", flush=True)
+    figures: list[Figure] = []
+    for part in args.part:
+        figures += (new := PARTS[part](args.repeats))
+        print("\n".join(f.row() for f in new), flush=True)
+        result = {"machine": machine, "torch": torch.__version__, "figures": [f.json() for f in figures]}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

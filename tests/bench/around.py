@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from torch import Tensor
 from model.attention import Attention, Places
 from model.config import ModelConfig
 from model.loss import linear_cross_entropy
-from tests.bench.harness import Figure, figure, in_turns
+from tests.bench.harness import Figure, figure, in_turns, peak, reset_peak
 from tests.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,12 +42,12 @@ def loss_peak(way: str) -> float:
     hidden, weight = torch.randn(TOKENS, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     targets = torch.randint(0, VOCAB, (TOKENS,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = reset_peak()
     if way == "loss":
         linear_cross_entropy(hidden, weight, targets).backward()
     else:
         F.cross_entropy(hidden @ weight.t(), targets, reduction="sum").backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (peak() - before) / 2**20
 
 
 class Masked:

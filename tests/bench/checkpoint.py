@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel import fsdp, gradients, mesh
 from parallel.mesh import World
-from tests.bench.harness import Figure, figure
+from tests.bench.harness import Figure, figure, peak, reset_peak
 from tests.pool import Pool
 from trainer import checkpoint
 from trainer.config import CheckpointConfig, TrainConfig
@@ -146,17 +146,6 @@ def beside(folder: str, repeats: int) -> dict[str, list[float]]:
         saver.finish()
     saver.close()
     return seconds
-
-
-def reset_peak() -> int:
-    """Forget the largest size that this process had; returns the present one."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def forget(path: Path) -> None:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -64,3 +65,15 @@ def figure(
     """ratio = ours / other, or other / ours where `inverse` (a share of a floor's speed, a speed-up)."""
     a, b = statistics.median(ours), statistics.median(other)
     return Figure(name, a, b, b / a if inverse else a / b, spread(ours), meaning, wanted, unit)
+
+
+def reset_peak() -> int:
+    """Forget the largest size that this process had, or inherited from the one that started it; returns the present one."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Bytes that this process had in memory at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -68,7 +68,7 @@ def figure(
 
 
 def reset_peak() -> int:
-    """Forget the largest size that this process had, or inherited from the one that started it; returns the present one."""
+    """Forget the largest size so far, inherited from the process that started this one; returns the present one."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 

@@ -5,12 +5,13 @@ All values arrive as text and take the type of their key, so `6e-4` is a number 
 What a user got wrong is a ConfigError: one line with the key, the value and the mend. Nothing here imports torch.
 """
 
+import argparse
 import difflib
 import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +26,13 @@ class UserError(Exception):
 
 class ConfigError(UserError):
     """A setting that cannot be: names the key, the value and the mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are the user's mistakes: raises UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 class Section(BaseModel):

@@ -65,8 +65,8 @@ def _by_processes(parts: Iterable[list[Document]], tokenizer: Tokenizer, process
     under_way: deque[tuple[list[Document], Future[Ids]]] = deque()
     with contextlib.ExitStack() as stack:
         idle = SimpleQueue[_Encoder]()
-        for encoder in [_Encoder(tokenizer.path) for _ in range(processes)]:
-            idle.put(stack.enter_context(encoder))
+        for _ in range(processes):
+            idle.put(stack.enter_context(_Encoder(tokenizer.path)))
 
         def work(texts: list[str]) -> Ids:
             encoder = idle.get()

@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from data.config import DataConfig, UserError, help_text, read
+from data.config import DataConfig, Parser, UserError, help_text, read
 
 if TYPE_CHECKING:  # at run time inside the functions: numpy and sentencepiece would slow down --help
     from data.shards import Corpus, Manifest, Progress
@@ -222,11 +222,6 @@ def summary(corpus: "Corpus", seconds: float) -> str:
         f"{f', {empty} empty ones passed over' if empty else ''}; "
         f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s"
     )
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m data.prepare --help")
 
 
 def main(argv: list[str]) -> int:

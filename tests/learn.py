@@ -82,7 +82,7 @@ def run(name: str, words: Sequence[str], out: Path) -> Result:
     told = [line for line in cost["said"].splitlines() if "sentences in" in line]
     return Result(
         name, evals, steps[-1]["tokens"], cost["cpu"] / 60, cost["wall"] / 60, sum(last) / len(last) if last else None,
-        " of ".join(told[0].split(" of ")[:2]).split(" sentences")[0] if told else "-",
+        told[0].partition(" sentences")[0] if told else "-",
     )  # fmt: skip
 
 
@@ -141,4 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from trainer.main import guarded
+
+    sys.exit(guarded(main))

@@ -4,7 +4,6 @@
 stdout, all else to stderr. With several prompts the first story streams while the others are made beside it.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from data.config import UserError
+from data.config import Parser, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -158,13 +157,6 @@ def texts_of(
         yield row, decoders[row].add(token)
     for row, decoder in enumerate(decoders):
         yield row, decoder.flush()
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells mistakes in one line, as all commands tell the user's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from model.cache import LayerCache
 from model.config import ModelConfig, RopeScaling
 from model.norm import rms_norm
+from model.precision import cast
 from model.segments import Groups, Past, segmented
 
 
@@ -105,7 +106,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, D) -> q (B, S, H, head_dim), k, v (B, S, KV, head_dim)."""
-        qkv = F.linear(x, self.wqkv.to(x.dtype)).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
+        qkv = F.linear(x, cast(self.wqkv, x.dtype)).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
         if self.rope:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             qk = rotate(qk, turn)
@@ -131,11 +132,25 @@ class Attention(nn.Module):
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, head_dim)
             out = self._fused(q, k, v, causal=True).transpose(1, 2)
-        return F.linear(out.flatten(-2), self.wo.to(out.dtype))
+        return F.linear(out.flatten(-2), cast(self.wo, out.dtype))
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         p = self.config.attention_dropout if self.training else 0.0
         grouped = self.kv_heads != self.heads
+        if grouped and not shares_keys(q):
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            grouped = False
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, dropout_p=p, enable_gqa=grouped
         )
+
+
+def shares_keys(q: Tensor) -> bool:
+    """Whether fused attention takes fewer key heads than query heads for queries like q.
+
+    On CUDA flash attention alone does, and it needs bf16 or fp16 and sm80. Without it torch would fall back to products
+    that hold S x S scores.
+    """
+    if q.device.type != "cuda":
+        return True
+    return q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(q.device) >= (8, 0)

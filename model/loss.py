@@ -12,19 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # the target of a place that does not count
-CHUNK_LOGITS = 1 << 22  # logits held at a time, unless that is fewer than CHUNK_TOKENS rows
+# Logits held at a time, unless that is fewer than CHUNK_TOKENS rows: what a CPU's cache holds, enough to fill a GPU.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 CHUNK_TOKENS = 256
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, D), weight (V, D), targets (T,) -> their summed loss
+ChunkGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `chunk_gradient`
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, gradient: ChunkGradient | None = None
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; IGNORE counts nothing.
 
-    hidden (T, D), weight (V, D) of the same dtype, targets (T,) -> fp32 scalar (fp64 for fp64).
+    hidden (T, D), weight (V, D) of the same dtype, targets (T,) -> fp32 scalar (fp64 for fp64). `gradient` replaces
+    `chunk_gradient`, say by a compiled version of it.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, wants_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, (gradient or chunk_gradient) if wants_grad else None)
+
+
+def chunk_rows(tokens: int, vocab_size: int, device: torch.device) -> int:
+    """Rows of each chunk of logits: as even as can be on CUDA, where each new shape is compiled."""
+    most = max(CHUNK_TOKENS, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cpu"]) // vocab_size)
+    return most if device.type == "cpu" else max(1, -(-tokens // -(-tokens // most)))
 
 
 def liger_cross_entropy() -> Loss:
@@ -38,42 +49,71 @@ def liger_cross_entropy() -> Loss:
     return lambda hidden, weight, targets: fused(weight, hidden, targets)
 
 
+def chunk_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (R, V), targets (R,) -> the summed loss, and softmax(logits) - one_hot(target) in the dtype of logits.
+
+    Rows whose target is IGNORE add nothing to the loss; their gradient is undefined.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counts, chosen = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling():  # one kernel, which reads the logits twice and writes the gradient once
+        log_total = wide.logsumexp(-1, keepdim=True)
+        one_hot = torch.arange(logits.shape[1], device=logits.device) == chosen
+        gradient = (wide - log_total).exp() - one_hot.to(wide.dtype)
+        return ((log_total - wide.gather(1, chosen)) * counts).sum(), gradient.to(logits.dtype)
+    p = torch.softmax(wide, dim=-1)
+    # log p of the likeliest word is known well, however unlikely the target is: one exponential for each logit
+    below = wide.amax(-1, keepdim=True) - wide.gather(1, chosen)
+    loss = ((below - p.amax(-1, keepdim=True).log()) * counts).sum()
+    p.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide.dtype))
+    return loss, p.to(logits.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, wants_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, gradient: ChunkGradient | None
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_grad else None
-        rows = max(CHUNK_TOKENS, CHUNK_LOGITS // weight.shape[0])
+        if gradient is not None:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        rows = chunk_rows(len(hidden), len(weight), hidden.device)
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
-            logits = (h @ weight.t()).to(wide)
-            real, chosen = (t != IGNORE)[:, None], t.clamp(min=0)[:, None]
-            if grad_hidden is None or grad_weight is None:
-                loss -= (torch.log_softmax(logits, dim=-1).gather(1, chosen) * real).sum()
+            logits, counts = h @ weight.t(), (t != IGNORE)[:, None]
+            if gradient is None:
+                log_p = torch.log_softmax(logits.to(wide), dim=-1).gather(1, t.clamp(min=0)[:, None])
+                loss -= (log_p * counts).sum()
                 continue
-            p = torch.softmax(logits, dim=-1)
-            # log p of the likeliest word is known well, however unlikely the target is: one exponential for each logit
-            below = logits.amax(-1, keepdim=True) - logits.gather(1, chosen)
-            loss += ((below - p.amax(-1, keepdim=True).log()) * real).sum()
-            p.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide))
-            d, h = p.to(h.dtype), h * real  # what does not count is left out where rows are short
+            part, d = gradient(logits, t)
+            loss += part
+            # rows that do not count are cleared where they are short, D numbers instead of V
             torch.mm(d, weight, out=grad_hidden[start : start + rows])
-            grad_hidden[start : start + rows] *= real
-            if d.dtype == wide:
-                grad_weight.addmm_(d.t(), h)
-            else:
-                grad_weight += d.t() @ h
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+            grad_hidden[start : start + rows] *= counts
+            _add_product(grad_weight, d.t(), h * counts)
+        if gradient is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad.to(grad_weight.dtype)
+        # As a tensor of one dimension the factor keeps its dtype; a scalar would be rounded to that of grad_hidden.
+        scale = grad.to(grad_weight.dtype).view(1)
         return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be wider than a and b: a product on CUDA keeps its fp32 sums."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def full_logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mixture of experts: the router picks, rows are sorted by expert, a grouped product computes, rows go home.
+"""Mixture of experts: the router picks, rows are sorted by expert (`permute.py`), a grouped product computes.
 
 As in Llama 4 a token's score is the sigmoid of its logit and multiplies the expert's *input*. Balancing is free of an
 auxiliary loss (arXiv:2408.15664): a bias per expert takes part in the choice only, and is moved by the trainer.
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.random import fold, normal
-
-NOISE = 3  # the router's site among the random numbers of a layer; 0 to 2 are dropout's
+from model.permute import permute, sort_choices, unpermute
+from model.precision import cast, copies_are_kept
+from model.random import NOISE, normal
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -58,11 +58,11 @@ class FeedForward(nn.Module):
 
     def widen(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., F)."""
-        return swiglu(F.linear(x, self.gate_up.to(x.dtype)))
+        return swiglu(F.linear(x, cast(self.gate_up, x.dtype)))
 
     def narrow(self, hidden: Tensor) -> Tensor:
         """hidden (..., F) -> (..., D)."""
-        return F.linear(hidden, self.down.to(hidden.dtype))
+        return F.linear(hidden, cast(self.down, hidden.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
@@ -75,7 +75,7 @@ class Routing(NamedTuple):
     scores: Tensor  # (T, K) fp32
     experts: Tensor  # (T, K); E, whom nobody owns, for tokens that are not real
     loads: Tensor  # (E,) int64: real tokens sent to each expert
-    statistics: Tensor  # (3,) sums over real tokens, zero outside of training: entropy, z-loss, auxiliary loss
+    logits: Tensor  # (T, E) fp32, for `router_statistics`; without a gradient unless the model penalizes them
 
 
 class Router(nn.Module):
@@ -91,8 +91,8 @@ class Router(nn.Module):
         self.penalized = config.aux_loss_weight > 0 or config.z_loss_weight > 0
         self.register_buffer("bias", torch.zeros(config.n_experts))
 
-    def forward(self, x: Tensor, real: Tensor, noise: Tensor | None, shares: Tensor | None) -> Routing:
-        """x (T, D), real (T,) bool, noise (T, E) standard normal, shares (E,) of the global batch's load -> Routing.
+    def forward(self, x: Tensor, real: Tensor, noise: Tensor | None) -> Routing:
+        """x (T, D), real (T,) bool, noise (T, E) standard normal -> Routing.
 
         With noise the logits are those of noisy top-k gating (arXiv:1701.06538, equation 4).
         """
@@ -108,23 +108,23 @@ class Router(nn.Module):
         experts = experts.masked_fill(~real[:, None], n_experts)
         loads = torch.zeros(n_experts + 1, dtype=torch.int64, device=x.device)  # bincount would wait for the device
         loads.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
-        return Routing(scores, experts, loads[:n_experts], self._statistics(logits, real, shares))
+        return Routing(scores, experts, loads[:n_experts], logits if self.penalized else logits.detach())
 
-    def _statistics(self, logits: Tensor, real: Tensor, shares: Tensor | None) -> Tensor:
-        """Per token, summed: the entropy of the normalized scores p; the z-loss (logsumexp of the logits)^2
-        (arXiv:2202.08906, equation 5); the auxiliary loss E sum_e f_e p_e (arXiv:2101.03961, equation 4, f the load
-        shares of the global batch), which is 1 when all experts are alike.
-        """
-        if not self.training:
-            return logits.new_zeros(3)
-        with torch.set_grad_enabled(self.penalized and torch.is_grad_enabled()):
-            log_p = F.logsigmoid(logits)
-            log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # in logarithms: no epsilon, and no 0 / 0
-            p = log_p.exp()
-            entropy = -(p * log_p).sum(-1).detach()
-            z = logits.logsumexp(-1).square()
-            aux = torch.zeros_like(z) if shares is None else (p @ shares.to(p)) * p.shape[1]
-            return torch.stack([entropy, z, aux]).masked_fill(~real, 0).sum(1)
+
+def router_statistics(logits: Tensor, real: Tensor, shares: Tensor | None) -> Tensor:
+    """logits (layers, T, E), real (T,) bool, shares (layers, E) of the global batch's load -> (layers, 3).
+
+    Sums over real tokens of: the entropy of the normalized scores p; the z-loss (logsumexp of the logits)^2
+    (arXiv:2202.08906, equation 5); the auxiliary loss E sum_e f_e p_e (arXiv:2101.03961, equation 4, f the load shares
+    of the global batch), which is 1 when all experts are alike, and 0 without shares.
+    """
+    log_p = F.logsigmoid(logits)
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # in logarithms: no epsilon, and no 0 / 0
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1).detach()
+    z = logits.logsumexp(-1).square()
+    aux = torch.zeros_like(z) if shares is None else (p @ shares[..., None].to(p)).squeeze(-1) * p.shape[-1]
+    return torch.stack([entropy, z, aux], dim=1).masked_fill(~real, 0).sum(-1)
 
 
 class Experts(nn.Module):
@@ -136,50 +136,78 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(n, dim, 2 * hidden))
         self.down = nn.Parameter(torch.empty(n, hidden, dim))
 
-    def forward(self, rows: Tensor, counts: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Tensor, counts: Tensor, sizes: list[int] | None = None) -> Tensor:
         """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`.
 
-        With chosen (R,), the expert of each row or E for none, rows are in any order: for few rows and no gradient.
-        Then it waits for the device.
+        sizes are the counts as the host knows them, if it does. Where no grouped kernel takes the rows and it does not,
+        this waits for the device, once.
         """
-        if chosen is None:
-            return self.swiglu(rows, counts)
+        if sizes is None and not can_group(rows.dtype, rows.device, self.gate_up.shape, self.down.shape):
+            sizes = counts.tolist()
+        return self.swiglu(rows, counts, sizes)
+
+    def swiglu(self, rows: Tensor, counts: Tensor, sizes: list[int] | None) -> Tensor:
+        hidden = self.activate(grouped_product(rows, self.gate_up, counts, sizes))
+        return grouped_product(hidden, self.down, counts, sizes)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """x (R, 2F) -> (R, F)."""
+        return swiglu(x)
+
+    def decode(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """rows (R, D) in any order, chosen (R,) the expert of each or E for none -> (R, D): for few rows, no gradient.
+
+        It waits for the device.
+        """
         experts = chosen.tolist()
         return each_product(swiglu(each_product(rows, self.gate_up, experts)), self.down, experts)
-
-    def swiglu(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return grouped_product(swiglu(grouped_product(rows, self.gate_up, counts)), self.down, counts)
 
 
 def each_product(rows: Tensor, weight: Tensor, chosen: list[int]) -> Tensor:
     """rows (R, K) each with its own of weight (G, K, N) -> (R, N), 0 where that is G: no other is visited or cast."""
-    nobody = rows.new_zeros(1, weight.shape[2])
+    nobody, weight = rows.new_zeros(1, weight.shape[2]), cast(weight, rows.dtype) if copies_are_kept() else weight
     pairs = zip(rows.split(1), chosen, strict=True)
     return torch.cat([row @ weight[i].to(row.dtype) if i < len(weight) else nobody for row, i in pairs])
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """rows (R, K) in the order of their groups, weight (G, K, N), counts (G,) -> (R, N).
+def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """rows (R, K) in the order of their groups, weight (G, K, N), counts (G,), sizes the same on the host -> (R, N).
 
-    Rows beyond the sum of counts are nobody's: what comes out for them is undefined, and costs nothing.
+    Rows beyond the sum of counts are padding: what comes out for them is undefined, and costs nothing. Without sizes it
+    waits for the device where there is no grouped kernel.
     """
-    weight = weight.to(rows.dtype)
+    weight = cast(weight, rows.dtype)
     if can_group(rows.dtype, rows.device, weight.shape):
         offsets = counts.cumsum(0).to(torch.int32)
         return _GroupedProduct.apply(rows, weight, offsets)
-    sizes = counts.tolist()
-    nobodys = rows.shape[0] - sum(sizes)
-    parts = [part @ w for part, w in zip(rows.split([*sizes, nobodys]), weight.unbind(0), strict=False)]
-    return torch.cat([*parts, rows.new_zeros(nobodys, weight.shape[2])])
+    sizes = counts.tolist() if sizes is None else sizes
+    padding = rows.shape[0] - sum(sizes)
+    parts = [part @ w for part, w in zip(rows.split([*sizes, padding]), weight.unbind(0), strict=False)]
+    return torch.cat([*parts, rows.new_zeros(padding, weight.shape[2])])
 
 
-def can_group(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> bool:
-    """Whether `grouped_mm` takes these weights: it wants fp32 or bf16, rows of whole 16 bytes, and sm80 on CUDA."""
+def can_group(dtype: torch.dtype, device: torch.device, *shapes: torch.Size) -> bool:
+    """Whether `grouped_mm` has a kernel for weights of these shapes; it wants rows of whole 16 bytes."""
     if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
         return False
-    if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
+    if device.type == "cuda" and not has_grouped_kernel(dtype, torch.cuda.get_device_capability(device)):
         return False
-    return all(size * dtype.itemsize % 16 == 0 for size in shape[1:])
+    return all(size * dtype.itemsize % 16 == 0 for shape in shapes for size in shape[1:])
+
+
+def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether a CUDA device of this capability has a kernel: bf16 on Hopper and on Blackwell's sm_10x.
+
+    Elsewhere `grouped_mm` copies the offsets to the host in each call, and loops.
+    """
+    return dtype == torch.bfloat16 and capability[0] in (9, 10)
+
+
+def leaves_idle_gradients(device: torch.device) -> bool:
+    """Whether the weight gradient of an empty group may be what lay in memory, as CUTLASS before 4.3 did on sm_100
+    (NVIDIA/cutlass#2674, pytorch/pytorch#172439).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -197,50 +225,17 @@ class _GroupedProduct(torch.autograd.Function):
         grad = grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)  # strides of empty ones count too
         to_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
         to_weight = F.grouped_mm(rows.t(), grad, offs=offsets) if ctx.needs_input_grad[1] else None
+        if to_weight is not None and leaves_idle_gradients(grad.device):
+            idle = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+            to_weight.masked_fill_(idle[:, None, None], 0)
         return to_rows, to_weight, None
-
-
-class _Send(torch.autograd.Function):
-    """tokens (T, D) -> a row for each choice, in the order of experts; nothing comes back for rows that are nobody's.
-
-    The gradient is a gather by the inverse order, as everywhere here: nothing is added into shared rows, so it is
-    exact, and deterministic on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, count: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse, count)
-        ctx.top_k = top_k
-        return tokens.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad = _home(grad, *ctx.saved_tensors)
-        return (grad if ctx.top_k == 1 else grad.unflatten(0, (-1, ctx.top_k)).sum(1)), None, None, None, None
-
-
-class _Return(torch.autograd.Function):
-    """Rows in the order of experts -> (T K, D) in the order of choices, zero for choices that nobody served."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return _home(rows, inverse, count)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None, None
-
-
-def _home(rows: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
-    return rows.index_select(0, inverse).masked_fill_((inverse >= count)[:, None], 0)
 
 
 class Trip(Protocol):
     """The way of a layer's rows to their experts and back: what the seam `MoE.exchange` begins."""
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
-        """Rows for the experts of this process, in their order, and how many for each."""
+    def arrive(self) -> tuple[Tensor, Tensor, list[int] | None]:
+        """Rows for the experts of this process, in their order, and how many for each, also as the host knows it."""
 
     def send_back(self, rows: Tensor) -> None:
         """Take what the experts made of them."""
@@ -255,8 +250,8 @@ class Stay:
     def __init__(self, rows: Tensor, loads: Tensor) -> None:
         self.rows, self.loads = rows, loads
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
-        return self.rows, self.loads
+    def arrive(self) -> tuple[Tensor, Tensor, None]:
+        return self.rows, self.loads, None
 
     def send_back(self, rows: Tensor) -> None:
         self.rows = rows
@@ -266,13 +261,14 @@ class Stay:
 
 
 class Dispatch(NamedTuple):
-    """Rows for the experts, and what brings them home."""
+    """Rows for the experts, and what brings them back into the order of tokens."""
 
-    rows: Tensor  # (T K, D) in the order of experts, times their scores; those of no expert last
-    order: Tensor  # (T K,) the choice that each row is of
-    inverse: Tensor  # (T K,) the row of each choice
+    rows: Tensor  # (T K, D) in the order of experts, times their scores; padding last
+    order: Tensor  # (T K,), see `permute`
+    inverse: Tensor  # (T K,)
+    real: Tensor  # (), the number of rows that are not padding
     loads: Tensor  # (E,)
-    statistics: Tensor  # (3,)
+    logits: Tensor  # (T, E)
 
 
 class MoE(nn.Module):
@@ -288,46 +284,48 @@ class MoE(nn.Module):
         self.shared = FeedForward(config.dim, config.expert_dim) if config.shared_expert else None
         self.exchange: Callable[[Tensor, Tensor], Trip] = Stay
 
-    def forward(
-        self, x: Tensor, real: Tensor, keys: Tensor | None = None, shares: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, S, D), real (B, S) bool -> (B, S, D), loads (E,), statistics (3,) of `Routing`.
+    def forward(self, x: Tensor, real: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, D), real (B, S) bool -> (B, S, D), loads (E,), logits (T, E) of `Routing`.
 
-        keys (B,) make the router's noise; shares (E,) are the load shares that the auxiliary loss takes.
+        keys (SITES, B) make the router's noise.
         """
         tokens = x.flatten(0, 1)  # (T, D)
         few = len(tokens) * self.router.top_k < len(self.router.bias) and not torch.is_grad_enabled()
         if few and self.exchange is Stay and keys is None:  # a step of generation
-            return self._few(x, real, shares)
-        sent = self.dispatch(x, real, keys, shares)
+            return self.decode(x, real)
+        sent = self.dispatch(x, real, keys)
         trip = self.exchange(sent.rows, sent.loads)
         hidden = None if self.shared is None else self.shared.widen(tokens)
         trip.send_back(self.experts(*trip.arrive()))
-        out = None if self.shared is None or hidden is None else self.shared.narrow(hidden)
-        home = _Return.apply(trip.home(), sent.order, sent.inverse, sent.loads.sum())  # (T K, D)
-        home = home.unflatten(0, (-1, self.router.top_k)).sum(1) if self.router.top_k > 1 else home
-        out = home if out is None else out + home
-        return out.view_as(x), sent.loads, sent.statistics
+        shared = None if self.shared is None or hidden is None else self.shared.narrow(hidden)
+        out = self.combine(trip.home(), shared, sent.order, sent.inverse, sent.real)
+        return out.view_as(x), sent.loads, sent.logits
 
-    def _few(self, x: Tensor, real: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same for fewer rows than experts and no gradient: nothing is sorted, only the chosen experts work."""
         tokens = x.flatten(0, 1)
-        scores, experts, loads, statistics = self.router(tokens, real.flatten(), None, shares)
+        scores, experts, loads, logits = self.router(tokens, real.flatten(), None)
         rows = tokens[:, None] * scores[..., None].to(x.dtype)  # (T, K, D)
-        out = self.experts(rows.flatten(0, 1), loads, experts.flatten()).view_as(rows).sum(1)
+        out = self.experts.decode(rows.flatten(0, 1), experts.flatten()).view_as(rows).sum(1)
         if self.shared is not None:
             out = self.shared.narrow(self.shared.widen(tokens)) + out
-        return out.view_as(x), loads, statistics
+        return out.view_as(x), loads, logits
 
-    def dispatch(self, x: Tensor, real: Tensor, keys: Tensor | None, shares: Tensor | None) -> Dispatch:
+    def dispatch(self, x: Tensor, real: Tensor, keys: Tensor | None) -> Dispatch:
         """Route the tokens and lay out a row for each choice."""
         tokens, noise = x.flatten(0, 1), None
         if keys is not None and self.training and self.router.noise is not None:
-            noise = normal(fold(keys, NOISE), x.shape[1] * len(self.router.bias)).view(len(tokens), -1)
-        scores, experts, loads, statistics = self.router(tokens, real.flatten(), noise, shares)
-        top_k, count = experts.shape[1], loads.sum()  # the count stays on the device: nobody waits for it
-        order = torch.argsort(experts.flatten(), stable=True)  # choices by expert, those of no expert last
-        inverse = torch.argsort(order)  # where each choice went
-        rows = _Send.apply(tokens, order, inverse, count, top_k)
-        rows = rows * _Send.apply(scores.view(-1, 1), order, inverse, count, 1).to(x.dtype)
-        return Dispatch(rows, order, inverse, loads, statistics)
+            noise = normal(keys[NOISE], x.shape[1] * len(self.router.bias)).view(len(tokens), -1)
+        scores, experts, loads, logits = self.router(tokens, real.flatten(), noise)
+        order, inverse = sort_choices(experts, len(loads))
+        count = loads.sum()  # stays on the device: nobody waits for it
+        rows = self.permute(tokens, scores, order, inverse, count)
+        return Dispatch(rows, order, inverse, count, loads, logits)
+
+    def permute(self, tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
+        return permute(tokens, scores, order, inverse, count)
+
+    def combine(self, rows: Tensor, shared: Tensor | None, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
+        """rows (T K, D) from the experts, shared (T, D) from the shared expert -> their sums (T, D)."""
+        routed = unpermute(rows, order, inverse, count, self.router.top_k)
+        return routed if shared is None else shared + routed

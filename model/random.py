@@ -13,18 +13,36 @@ from torch import Tensor
 
 Window = Sequence[tuple[int, int]]  # (start, stop) in each dimension
 
+EMBEDDING, ATTENTION, FEED_FORWARD, NOISE = range(4)  # sites: the places of a layer that draw random numbers
+SITES = 4
+BLOCK_NUMBERS = 1 << 25  # initial values that one generator draws: 128 MiB of fp32
+
 
 def initial_normal(seed: int, name: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
     """`window` of the normal initial values of parameter `name`; of a 3-D `shape` (E, ...) each expert by itself.
 
-    Only experts inside the window are drawn. Returns fp32 on the CPU.
+    Only experts and blocks of rows that overlap the window are drawn, so that no process holds or draws the whole of a
+    large weight. Returns fp32 on the CPU.
     """
     if len(shape) == 3:
         first, *rest = window
-        cut = tuple(slice(a, b) for a, b in rest)
-        experts = [_normal(f"{seed}/{name}/{e}", shape[1:], std)[cut] for e in range(*first)]
+        experts = [_matrix(f"{seed}/{name}/{e}", shape[1:], std, rest) for e in range(*first)]
         return torch.stack(experts) if experts else torch.empty(0, *(b - a for a, b in rest))
-    return _normal(f"{seed}/{name}", shape, std)[tuple(slice(a, b) for a, b in window)]
+    return _matrix(f"{seed}/{name}", shape, std, window)
+
+
+def _matrix(place: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
+    """`window` of a matrix whose rows are drawn in blocks of at most BLOCK_NUMBERS, each by a generator of its own."""
+    (start, stop), *rest = window
+    columns = tuple(slice(a, b) for a, b in rest)
+    rows = max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
+    parts = []
+    for first in range(start // rows * rows, stop, rows):
+        last = min(first + rows, shape[0])
+        # The first block keeps the seed of the name, so that weights of one block have the values they always had.
+        block = _normal(f"{place}/rows/{first}" if first else place, (last - first, *shape[1:]), std)
+        parts.append(block[(slice(max(start - first, 0), min(stop, last) - first), *columns)].clone())
+    return torch.cat(parts) if parts else torch.empty([b - a for a, b in window])
 
 
 def _normal(place: str, shape: Sequence[int], std: float) -> Tensor:
@@ -42,7 +60,17 @@ def sequence_keys(seed: int, step: int, index: Tensor) -> Tensor:
     return fold(index.to(torch.int64), place_seed(f"{seed}/{step}"))
 
 
-def fold(keys: Tensor, number: int) -> Tensor:
+def site_keys(keys: Tensor, n_layers: int) -> Tensor:
+    """Sequence keys (B,) -> the keys (n_layers + 1, SITES, B) of all sites: row 0 is the embedding's, i + 1 block i's.
+
+    They are computed together, since a key alone is a dozen operations on B numbers.
+    """
+    layers = torch.arange(1, n_layers + 1, device=keys.device)[:, None]
+    of_layers = torch.cat([keys[None], fold(keys, layers)])  # (n_layers + 1, B)
+    return fold(of_layers[:, None], torch.arange(SITES, device=keys.device)[:, None])
+
+
+def fold(keys: Tensor, number: int | Tensor) -> Tensor:
     """New keys (B,) that depend on every bit of `keys` and of `number` (the finalizer of splitmix64)."""
     x = keys * -0x61C8864680B583EB + (number & 0x7FFFFFFFFFFFFFFF)
     x = (x ^ _shift64(x, 30)) * -0x40A7B892E31B1A47
@@ -50,15 +78,15 @@ def fold(keys: Tensor, number: int) -> Tensor:
     return x ^ _shift64(x, 31)
 
 
-def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
-    """`x` (B, ...) with a share of its numbers set to 0 and the rest scaled up; unchanged without keys.
+def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:
+    """`x` (B, ...) with a share of its numbers set to 0 and the rest scaled up; unchanged without keys (B,) of a site.
 
-    The share is p rounded to 1/256. `site` tells the places in the model apart.
+    The share is p rounded to 1/256.
     """
     threshold = round(p * 256)
     if keys is None or threshold == 0:
         return x
-    random = random_bytes(fold(keys, site), math.prod(x.shape[1:])).view(x.shape)
+    random = random_bytes(keys, math.prod(x.shape[1:])).view(x.shape)
     return x.masked_fill(random < threshold, 0.0) * (256 / (256 - threshold))
 
 
@@ -70,11 +98,17 @@ def normal(keys: Tensor, count: int) -> Tensor:
 
 
 def random_bytes(keys: Tensor, count: int) -> Tensor:
-    """uint8 (B, count), a function of (key, place) alone."""
-    word = torch.arange(-(-count // 4), dtype=torch.int32, device=keys.device)
+    """uint8 (B, count), a function of (key, place) alone. (Compiled: int32 numbers from 0 to 255.)"""
     low, high = keys.to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
-    # the key enters twice: once would give sequences with near keys the same bytes at shifted places
-    return _mix32(_mix32(word ^ low) + high).view(torch.uint8)[:, :count]
+
+    def words(place: Tensor) -> Tensor:
+        # the key enters twice: once would give sequences with near keys the same bytes at shifted places
+        return _mix32(_mix32(place ^ low) + high)
+
+    if torch.compiler.is_compiling():  # a kernel cannot view words as bytes: each place draws its word and takes one
+        place = torch.arange(count, dtype=torch.int32, device=keys.device)
+        return (words(place >> 2) >> ((place & 3) << 3)) & 0xFF
+    return words(torch.arange(-(-count // 4), dtype=torch.int32, device=keys.device)).view(torch.uint8)[:, :count]
 
 
 def _mix32(x: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from model.attention import Attention, Places
 from model.cache import KVCache, LayerCache
 from model.config import ModelConfig
 from model.loss import IGNORE, Loss, full_logits, linear_cross_entropy
-from model.moe import FeedForward, MoE
+from model.moe import FeedForward, MoE, router_statistics
 from model.norm import RMSNorm
-from model.random import Window, dropout, fold, initial_normal
-
-EMBEDDING, ATTENTION, FEED_FORWARD = 0, 1, 2  # the sites of dropout
+from model.precision import cast
+from model.random import ATTENTION, EMBEDDING, FEED_FORWARD, Window, dropout, initial_normal, site_keys
 
 
 class Output(NamedTuple):
@@ -29,7 +28,7 @@ class Output(NamedTuple):
     logits: Tensor | None
     loads: Tensor  # (MoE layers, E) int64: real tokens sent to each expert
     penalty: Tensor  # what the routers' auxiliary and z-loss add to the loss, a sum like it
-    statistics: Tensor  # (MoE layers, 3), see `moe.Routing`
+    statistics: Tensor  # (MoE layers, 3), see `moe.router_statistics`; zero outside of training
 
 
 class Embedding(nn.Module):
@@ -53,22 +52,26 @@ class Block(nn.Module):
         self.feed_forward = MoE(config) if config.is_moe(layer) else FeedForward(config.dim, config.ffn_dim)
 
     def forward(
-        self,
-        x: Tensor,
-        places: Places,
-        real: Tensor,
-        keys: Tensor | None,
-        cache: LayerCache | None,
-        shares: Tensor | None,
+        self, x: Tensor, places: Places, real: Tensor, keys: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x (B, S, D) -> (B, S, D), and of an MoE block loads (E,) and statistics (3,)."""
-        x = x + dropout(self.attend(x, places, cache), self.dropout, keys, ATTENTION)
-        h, loads, statistics = self.feed_forward_norm(x), None, None
+        """x (B, S, D), keys (SITES, B) -> (B, S, D), and of an MoE block loads (E,) and the router's logits (T, E)."""
+        x, h = self.join(x, self.attend(x, places, cache), None if keys is None else keys[ATTENTION])
+        loads: Tensor | None = None
+        logits: Tensor | None = None
         if isinstance(self.feed_forward, MoE):
-            h, loads, statistics = self.feed_forward(h, real, keys, shares)
+            h, loads, logits = self.feed_forward(h, real, keys)
         else:
             h = self.feed_forward(h)
-        return x + dropout(h, self.dropout, keys, FEED_FORWARD), loads, statistics
+        return self.add(x, h, None if keys is None else keys[FEED_FORWARD]), loads, logits
+
+    def join(self, x: Tensor, attended: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention (B, S, D), and what the feed-forward reads of it."""
+        x = self.add(x, attended, keys)
+        return x, self.feed_forward_norm(x)
+
+    def add(self, x: Tensor, h: Tensor, keys: Tensor | None) -> Tensor:
+        """The residual stream x and what a half of the block adds to it (B, S, D)."""
+        return x + dropout(h, self.dropout, keys)
 
     def attend(self, x: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
         return self.attention.attend(*self.qkv(x, places.positions, places.turn), places, cache)
@@ -92,7 +95,7 @@ class Head(nn.Module):
         embedding (V, D) is the projection where the config ties the two: one parameter, handed in.
         """
         x = self.norm(x)
-        weight = (embedding if self.weight is None else self.weight).to(x.dtype)
+        weight = cast(embedding if self.weight is None else self.weight, x.dtype)
         if targets is None:
             return full_logits(x, weight)
         return self.loss(x.flatten(0, 1), weight, targets.flatten())
@@ -108,6 +111,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.head = Head(config, vocab_size)
+        self.penalized = config.aux_loss_weight > 0 or config.z_loss_weight > 0
 
     def forward(
         self,
@@ -138,23 +142,37 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.compute_dtype)
         dropped = self.training and self.config.attention_dropout > 0
         places = Places.of(self.config, x, positions, documents, dropped)
-        x = dropout(x, self.config.dropout, keys, EMBEDDING)
+        sites = None if keys is None else self.site_keys(keys, x.device)
+        x = dropout(x, self.config.dropout, None if sites is None else sites[0, EMBEDDING])
         loads: list[Tensor] = []
-        statistics: list[Tensor] = []
+        router_logits: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            layer_keys = None if keys is None else fold(keys, i + 1)
-            layer_shares = None if shares is None else shares[len(loads)]
-            x, load, statistic = block(x, places, real, layer_keys, cache.layers[i] if cache else None, layer_shares)
-            if load is not None and statistic is not None:
+            layer_keys = None if sites is None else sites[i + 1]
+            x, load, of_router = block(x, places, real, layer_keys, cache.layers[i] if cache else None)
+            if load is not None and of_router is not None:
                 loads.append(load)
-                statistics.append(statistic)
+                router_logits.append(of_router)
         x = x if cache is None else cache.end(x)
         result = self.head(x, targets, self.embedding.weight)
         load = torch.stack(loads) if loads else torch.zeros(0, self.config.n_experts, dtype=torch.int64)
-        statistic = torch.stack(statistics) if statistics else torch.zeros(0, 3)
-        penalty = (self.config.z_loss_weight * statistic[:, 1] + self.config.aux_loss_weight * statistic[:, 2]).sum()
+        statistics = self.statistics(router_logits, real, shares)
+        penalty = (self.config.z_loss_weight * statistics[:, 1] + self.config.aux_loss_weight * statistics[:, 2]).sum()
         loss, logits = (None, result) if targets is None else (result, None)
-        return Output(loss, logits, load, penalty, statistic)
+        return Output(loss, logits, load, penalty, statistics)
+
+    def site_keys(self, keys: Tensor, device: torch.device) -> Tensor:
+        """Sequence keys (B,) -> (n_layers + 1, SITES, B) on `device`; from the CPU they are copied without a wait."""
+        sites = site_keys(keys, self.config.n_layers)
+        if device.type == "cuda" and keys.device.type == "cpu":
+            sites = sites.pin_memory()
+        return sites.to(device, non_blocking=True)
+
+    def statistics(self, logits: list[Tensor], real: Tensor, shares: Tensor | None) -> Tensor:
+        """The statistics (MoE layers, 3) of the routers' logits (T, E): of all layers together, for they are small."""
+        if not self.training or not logits:
+            return torch.zeros(len(logits), 3, device=real.device)
+        with torch.set_grad_enabled(self.penalized and torch.is_grad_enabled()):
+            return router_statistics(torch.stack(logits), real.flatten(), shares)
 
     def new_cache(self, prompts: Sequence[int], capacity: int) -> KVCache:
         """An empty cache for prompts of these lengths, and `capacity` tokens a row."""

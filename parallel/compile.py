@@ -1,34 +1,47 @@
-"""torch.compile by parts, each alone: what has fixed shapes, no message and no choice in it.
+"""torch.compile by parts, each alone: what has no message and no choice in it.
 
-The norm before attention with the projection to queries, keys and values; a dense feed-forward; the shared expert's two
-halves. Fused attention, routing and the exchange of rows stay outside, whose shapes or sizes differ from step to step.
+Before attention: the norm, the projection to queries, keys and values, RoPE. After it: dropout, the residual sum and
+the second norm, as one kernel. In the mixture: the rows laid out in expert order, the experts' SwiGLU, their sum with
+the shared expert; the shared expert's two halves; the routers' statistics. In the head: the loss and the gradient of a
+chunk of logits. Products, attention, routing and the exchange of rows stay outside.
+
 A part is compiled at its first use in training, and used in training only: evaluation and generation meet many lengths.
+The number of rows that experts receive differs from step to step, so their SwiGLU is compiled for any number.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from model.loss import chunk_gradient, linear_cross_entropy
 from model.moe import FeedForward, MoE
-from model.transformer import Block
+from model.transformer import Block, Transformer
 
 
-def compile_parts(model: nn.Module) -> None:
-    """Make the blocks of a model run their parts compiled."""
+def compile_parts(model: Transformer) -> None:
+    """Make a model run its parts compiled."""
     for block in model.modules():
         if isinstance(block, Block):
             inner = block.feed_forward
-            _compile(block, "qkv")
+            for method in ("qkv", "join", "add"):
+                _compile(block, method)
             if isinstance(inner, FeedForward):
                 _compile(inner, "forward")
-            elif isinstance(inner, MoE) and inner.shared is not None:
-                _compile(inner.shared, "widen")
-                _compile(inner.shared, "narrow")
+            elif isinstance(inner, MoE):
+                _compile(inner, "permute")
+                _compile(inner, "combine")
+                _compile(inner.experts, "activate", dynamic=True)
+                if inner.shared is not None:
+                    _compile(inner.shared, "widen")
+                    _compile(inner.shared, "narrow")
+    _compile(model, "statistics")
+    model.head.loss = partial(linear_cross_entropy, gradient=torch.compile(chunk_gradient, dynamic=False))
 
 
-def _compile(module: nn.Module, method: str) -> None:
+def _compile(module: nn.Module, method: str, dynamic: bool = False) -> None:
     plain: Callable[..., Any] = getattr(module, method)
-    fast = torch.compile(plain, dynamic=False)
+    fast = torch.compile(plain, dynamic=dynamic)
     setattr(module, method, lambda *args: (fast if module.training else plain)(*args))

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from model.moe import MoE
+from model.permute import sort_choices
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class Exchange:
     def __call__(self, rows: Tensor, loads: Tensor) -> "ExpertTrip":
         return ExpertTrip(self, rows, loads)
 
-    def sizes(self, outgoing: Tensor, incoming: Tensor) -> tuple[list[int], list[int]]:
-        """Rows to and from each rank, of counts (ranks, slots): the one moment that waits for the device."""
-        to, come = torch.stack([outgoing.sum(1), incoming.sum(1)]).tolist()
-        return to, come
+    def sizes(self, outgoing: Tensor, incoming: Tensor) -> tuple[list[int], list[int], list[int]]:
+        """Counts (ranks, slots) -> rows to each rank, from each rank, and for each slot here.
+
+        This is the one moment of a layer that waits for the device, so it brings all that the host needs.
+        """
+        counts = torch.cat([outgoing.sum(1), incoming.sum(1), incoming.sum(0)]).tolist()
+        ranks = self.owners.ranks
+        return counts[:ranks], counts[ranks : 2 * ranks], counts[2 * ranks :]
 
     def logical(self, tensor: Tensor) -> DTensor:
         """This rank's slots (slots, ...) of a weight, a gradient or a moment, as a part of the whole (E, ...).
@@ -113,19 +118,19 @@ class ExpertTrip:
         outgoing = owners.by_rank(loads)  # (ranks, slots)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=exchange.group)
-        to, come = exchange.sizes(outgoing, incoming)
+        to, come, self.per_slot = exchange.sizes(outgoing, incoming)
         self.counts = incoming.sum(0)  # (slots,)
         slot = torch.arange(owners.slots, device=rows.device).repeat(owners.ranks)
         slot = slot.repeat_interleave(incoming.flatten(), output_size=sum(come))  # of each row as it comes
-        self.order = torch.argsort(slot, stable=True)
-        self.inverse = torch.argsort(self.order)
+        self.order, self.inverse = sort_choices(slot, owners.slots)
         self.out = _Leg("out", exchange, to, come, (len(rows), sum(come)))
         self.back = _Leg("home", exchange, come, to, (sum(come), len(rows)))
         self.token = _Start.apply(rows, self.out)
 
-    def arrive(self) -> tuple[Tensor, Tensor]:
-        """Rows (R, D) in the order of this rank's slots, counts (slots,)."""
-        return _Permute.apply(_Finish.apply(self.token, self.out), self.order, self.inverse), self.counts
+    def arrive(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Rows (R, D) in the order of this rank's slots, counts (slots,), the same as the host knows them."""
+        rows = _Permute.apply(_Finish.apply(self.token, self.out), self.order, self.inverse)
+        return rows, self.counts, self.per_slot
 
     def send_back(self, rows: Tensor) -> None:
         """rows (R, D) in the order in which `arrive` gave them."""

@@ -1,12 +1,13 @@
 """One model -> many processes with FSDP2, from outside the model.
 
 Built on the meta device, sharded, then filled in place: no process ever holds the whole. Units: each block, the head,
-and the root with the embedding; a small model is one unit; under bf16 each router is one more, which stays fp32 or near
-ties would flip. With expert parallelism the experts of a layer are a unit of their own over the ranks that share them;
-where nobody does they are no matter of FSDP. Gradients are plain sums over the ranks, since the loss is already divided
-by the count of all tokens.
+and the root with the embedding; a small model is one unit. Routers are no matter of FSDP: they are small, stay fp32 or
+near ties would flip, and each rank has them whole (`replicated`). With expert parallelism the experts of a layer are a
+unit of their own over the ranks that share them; where nobody does they are no matter of FSDP. Gradients are plain sums
+over the ranks, since the loss is already divided by the count of all tokens.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.config import ModelConfig
-from model.moe import Experts, MoE
+from model.moe import Experts, MoE, Router
 from model.random import Window
 from model.transformer import Transformer
 from parallel.compile import compile_parts
@@ -70,14 +71,12 @@ def _shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
 
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    dense: dict[str, Any] = {"mesh": mesh.dense, "mp_policy": policy(dtype)}
+    ignored = set(replicated(model))
     if mesh.sparse is not None:
-        ours = {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-        dense["ignored_params"] = ours
+        ignored |= {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    dense: dict[str, Any] = {"mesh": mesh.dense, "mp_policy": policy(dtype), "ignored_params": ignored}
     for block in model.blocks:
         if isinstance(block.feed_forward, MoE):
-            if dtype.itemsize < 4:
-                fully_shard(block.feed_forward.router, **{**dense, "mp_policy": policy(torch.float32)})
             if mesh.sparse is not None and mesh.degrees.replicate * mesh.degrees.rest > 1:
                 names = tuple(n for n in mesh.sparse.mesh_dim_names or () if n != "expert")
                 fully_shard(
@@ -92,6 +91,28 @@ def _shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    _prefetch(model)
+
+
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that every rank has whole, and whose gradients FSDP does not reduce: those of the routers."""
+    return [p for module in model.modules() if isinstance(module, Router) for p in module.parameters()]
+
+
+def _prefetch(model: Transformer) -> None:
+    """Have the weights of a block gathered while the one before it works, in the forward and in the backward.
+
+    FSDP does so by itself in the order of the host's calls, but the host waits for the device inside of each MoE layer
+    with expert parallelism, and would ask for the next block's weights too late.
+    """
+    units = [list(_units(block)) for block in model.blocks]  # of each block: itself, its experts
+    if not isinstance(model.head, FSDPModule) or not isinstance(model, FSDPModule):
+        return  # all is one unit
+    for here, there in itertools.pairwise(units):
+        here[0].set_modules_to_forward_prefetch(there)
+        there[0].set_modules_to_backward_prefetch(here[::-1])
+    model.set_modules_to_forward_prefetch(units[0])
+    model.head.set_modules_to_backward_prefetch(units[-1][::-1])
 
 
 def _placement(weight: Tensor, rest: int) -> Shard:
@@ -99,8 +120,8 @@ def _placement(weight: Tensor, rest: int) -> Shard:
     return next(Shard(d) for d in (1, 2) if weight.shape[d] % rest == 0)
 
 
-def _units(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+def _units(module: nn.Module) -> Iterator[FSDPModule]:
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -180,4 +180,5 @@ def make_mesh(degrees: Degrees, device: torch.device) -> Mesh | None:
     dense = init_device_mesh(device.type, (*copies, degrees.shard), mesh_dim_names=(*copy_names, "shard"))
     if degrees.expert == 1:
         return Mesh(degrees, dense, None)
-    return Mesh(degrees, dense, dense._unflatten("shard", (degrees.rest, degrees.expert), ("rest", "expert")))
+    # by its number: torch 2.11 refuses the name of the dimension
+    return Mesh(degrees, dense, dense._unflatten(len(copies), (degrees.rest, degrees.expert), ("rest", "expert")))

@@ -3,10 +3,10 @@
 Each part is recomputed alone, so that no collective is repeated and none is left waiting for, and rows leave and arrive
 in the same order as without.
 - `selective`: the norm and attention; the experts' SwiGLU.
-- `full`: besides, the second norm; the router with the rows that it lays out, whose choice is kept, or near ties could
-  fall otherwise the second time; the first half of the shared expert, and a dense feed-forward.
-What a layer keeps under `full`: its two inputs, the second norm's output, the rows that arrived, and the shared
-expert's hidden layer.
+- `full`: besides, the residual sum after attention with the second norm; the router, whose choice is kept, or near ties
+  could fall otherwise the second time; the first half of the shared expert, and a dense feed-forward.
+What a layer keeps under `full`: its input, what attention adds to it, the second norm's output, the rows that arrived,
+and the shared expert's hidden layer.
 """
 
 from functools import partial
@@ -30,12 +30,12 @@ def recompute(model: nn.Module, mode: str) -> None:
         if isinstance(inner, MoE):
             _again(inner.experts, "swiglu")
         if mode == "full":
-            _again(block.feed_forward_norm, "forward")
+            _again(block, "join")
             if isinstance(inner, FeedForward):
                 _again(inner, "forward")
             else:
                 keep_choice = partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
-                _again(inner, "dispatch", context_fn=keep_choice)
+                _again(inner.router, "forward", context_fn=keep_choice)
                 if inner.shared is not None:
                     _again(inner.shared, "widen")
 

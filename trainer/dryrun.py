@@ -72,7 +72,8 @@ def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, d: Degree
     tokens = rows * config.data.seq_len
     layers = sum(kept_numbers(model, layer, train.recompute) for layer in range(model.n_layers))
     activations = tokens * (layers * dtype.itemsize + 16 * model.dim)
-    head = 4 * (vocab_size * model.dim + 2 * max(CHUNK_TOKENS * vocab_size, CHUNK_LOGITS))  # its gradient, some logits
+    # its gradient, some logits
+    head = 4 * (vocab_size * model.dim + 2 * max(CHUNK_TOKENS * vocab_size, CHUNK_LOGITS["cpu"]))
     return state + grads + gathered + activations + head
 
 
@@ -83,7 +84,7 @@ def kept_numbers(model: ModelConfig, layer: int, recompute: str) -> int:
     attention = 2 * d + heads if none else d
     if not model.is_moe(layer):
         return attention + 2 * d + (0 if full else 3 * model.ffn_dim)
-    routed = model.top_k * (d if full else 2 * d) + (3 * model.top_k * model.expert_dim if none else 0)
+    routed = model.top_k * d + (3 * model.top_k * model.expert_dim if none else 0)
     shared = model.expert_dim * (1 if full else 3) if model.shared_expert else 0
     return attention + 2 * d + routed + shared
 

@@ -19,6 +19,7 @@ import torch
 
 from data.config import UserError
 from data.loader import Step
+from model.precision import weights_unchanged
 from parallel import fsdp, gradients, mesh
 from parallel.mesh import World
 from parallel.rendezvous import another, find_others
@@ -243,7 +244,8 @@ def due(every: int, step: int) -> bool:
 
 def run_evaluation(run: Run, batches: int | str) -> None:
     run.watch.mark("evaluation")
-    line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: pause(run))
+    with weights_unchanged():
+        line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: pause(run))
     run.report.write("eval", run.step, **line)
     run.report.say(f"step {run.step}: {describe(line)}")
 
@@ -252,7 +254,7 @@ def run_samples(run: Run) -> list[str]:
     """A story for each prompt, by all ranks alike; rank 0 writes them to samples/."""
     run.watch.mark("sampling")
     config, stories = run.config.sample, []
-    with fsdp.gathered(run.model):
+    with weights_unchanged(), fsdp.gathered(run.model):
         for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=seed)
             pieces = [prompt]

@@ -15,6 +15,7 @@ from torch import Tensor
 from data.loader import Batch, Step
 from model.config import ModelConfig
 from model.moe import Router
+from model.precision import weights_unchanged
 from model.random import place_seed, sequence_keys
 from model.transformer import Output, Transformer
 from parallel import fsdp, gradients
@@ -34,12 +35,14 @@ class StepResult:
 def train_step(run: Run, batch: Step) -> StepResult:
     """One optimizer step. A step without a finite loss and gradient moves nothing, on all ranks together."""
     config, model = run.config.train, run.model
-    loss, loads, statistics = backward(run, batch)
-    parts = gradients.local_gradients(model)
-    square = gradients.sum_of_squares(parts, run.config.parallel.replicate)
+    with weights_unchanged():
+        loss, loads, statistics = backward(run, batch)
     run.watch.mark("the step's message")
+    gradients.sum_replicated(model)
+    parts = gradients.local_gradients(model)
+    square = gradients.sum_of_squares(model, run.config.parallel.replicate)
     ready_here = run.saver is not None and run.saver.ready
-    said = torch.tensor([run.stop.asked, run.stop.requeue, ready_here], device=run.device)
+    said = to_device(torch.tensor([run.stop.asked, run.stop.requeue, ready_here]), run.device)
     total_square, total_loss, total_loads, total_statistics, (stops, requeues, ready) = gradients.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
@@ -117,7 +120,7 @@ def forward(run: Run, micro_batch: Batch, shares: Tensor | None = None) -> Outpu
     """The model on a micro-batch of this step, with the step's random numbers."""
     b, model = micro_batch.to(run.device), run.config.model
     random = model.dropout > 0 or model.noisy_top_k
-    keys = sequence_keys(run.config.train.seed, run.step, b.index) if random else None
+    keys = sequence_keys(run.config.train.seed, run.step, micro_batch.index) if random else None
     return run.model(b.tokens, b.targets, b.positions, b.documents, keys, shares=shares)
 
 
@@ -139,10 +142,16 @@ def move_biases(model: Transformer, loads: Tensor, rate: float) -> None:
     """bias += rate * sign(mean load - load) for each expert (arXiv:2408.15664, algorithm 1); loads (layers, E)."""
     if rate == 0:
         return
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    for router, load in zip(routers, loads, strict=True):
-        direction = torch.sign(load.sum() - load * len(load))
-        router.bias += rate * direction.to(router.bias)
+    biases = [module.bias for module in model.modules() if isinstance(module, Router)]
+    if not biases:
+        return
+    directions = torch.sign(loads.sum(1, keepdim=True) - loads * loads.shape[1])
+    torch._foreach_add_(biases, list(to_device(directions.to(biases[0].dtype), biases[0].device)), alpha=rate)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`; the host does not wait for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def fading_from(config: ModelConfig, steps: int) -> int:

@@ -112,7 +112,7 @@ def beside(folder: str, repeats: int) -> dict[str, list[float]]:
         assert output.loss is not None
         (output.loss / tokens.numel()).backward()
         _, written = gradients.sum_over_ranks(
-            gradients.sum_of_squares(gradients.local_gradients(model)), torch.tensor(float(saver.ready))
+            gradients.sum_of_squares(model), torch.tensor(float(saver.ready))
         )
         saver.before_change()
         optimizer.step()

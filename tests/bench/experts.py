@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.moe import MoE, _Return
+from model.moe import MoE
 from parallel import fsdp, mesh
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
@@ -49,7 +49,7 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, None, None]:
         moe, tokens = self.moe, x.flatten(0, 1)
-        scores, experts, _, _ = moe.router(tokens, real.flatten(), None, None)
+        scores, experts, _, _ = moe.router(tokens, real.flatten(), None)
         out = torch.zeros_like(tokens)
         for e in range(CONFIG.n_experts):
             where = (experts[:, 0] == e).nonzero()[:, 0]
@@ -79,9 +79,8 @@ def measure(repeats: int) -> list[Figure]:
     def way() -> None:
         """Routing, sorting and regrouping, and their backward, without the experts."""
         y = tokens.view_as(x).requires_grad_()
-        sent = moe.dispatch(y, real, None, None)
-        home = _Return.apply(sent.rows, sent.order, sent.inverse, sent.loads.sum())
-        home.backward(tokens)
+        sent = moe.dispatch(y, real, None)
+        moe.combine(sent.rows, None, sent.order, sent.inverse, sent.real).backward(tokens)
         moe.router.weight.grad = None
 
     pool, threads = Pool(), torch.get_num_threads()

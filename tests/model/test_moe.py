@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
-from model.moe import MoE, Router, Stay, can_group, grouped_product
+from model.moe import MoE, Router, Stay, can_group, grouped_product, router_statistics
+from model.random import site_keys
 
 
 def make(dtype=torch.float64, **keys):
@@ -66,7 +67,7 @@ def test_few_tokens_of_a_step_of_generation_get_what_the_definition_says(keys):
         real = (torch.arange(8) >= masked).view(4, 2)
         out, loads, _ = moe(x, real)
         torch.testing.assert_close(out, by_token(moe, x, real))
-        assert torch.equal(loads, moe.router(x.flatten(0, 1), real.flatten(), None, None).loads)
+        assert torch.equal(loads, moe.router(x.flatten(0, 1), real.flatten(), None).loads)
 
 
 class Work(TorchDispatchMode):
@@ -118,7 +119,7 @@ def test_bias_changes_the_choice_and_not_the_score():
     torch.nn.init.normal_(router.weight)
     x, real = torch.randn(20, 8), torch.ones(20, dtype=torch.bool)
     router.bias[2] = 100.0
-    scores, experts, loads, _ = router(x, real, None, None)
+    scores, experts, loads, _ = router(x, real, None)
     assert (experts == 2).all() and loads.tolist() == [0, 0, 20, 0]
     torch.testing.assert_close(scores[:, 0], (x @ router.weight[2]).sigmoid())
 
@@ -129,7 +130,7 @@ def test_router_decides_in_fp32_whatever_the_activations():
     with torch.no_grad():
         router.weight[1] = router.weight[0] * (1 + 1e-4)  # bf16 cannot tell the two apart
     x = torch.randn(50, 8).bfloat16()
-    scores, experts, _, _ = router(x, torch.ones(50, dtype=torch.bool), None, None)
+    scores, experts, _, _ = router(x, torch.ones(50, dtype=torch.bool), None)
     assert scores.dtype == torch.float32
     exact = (x.double() @ router.weight.double().t()).argmax(-1)
     assert (experts[:, 0] == exact).all()
@@ -212,15 +213,17 @@ def test_statistics_are_those_of_the_definitions_and_leave_padding_out():
     moe = make(aux_loss_weight=1.0)
     x, real = torch.randn(2, 9, 8, dtype=torch.float64), torch.rand(2, 9) < 0.6
     shares = torch.tensor([0.5, 0.2, 0.1, 0.2, 0.0], dtype=torch.float64)
-    _, _, statistics = moe(x, real, None, shares)
+    statistics = statistics_of(moe, x, real, shares)
     logits = x[real] @ moe.router.weight.t()
     p = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
     want = [-(p * p.log()).sum(), logits.logsumexp(-1).square().sum(), 5 * (p @ shares).sum()]
     torch.testing.assert_close(statistics, torch.stack(want))
     got = torch.autograd.grad(statistics[1] + statistics[2], moe.router.weight)
     torch.testing.assert_close(got, torch.autograd.grad(want[1] + want[2], moe.router.weight))
-    moe.eval()
-    assert not moe(x, real)[2].any()
+
+
+def statistics_of(moe, x, real, shares):
+    return router_statistics(moe(x, real)[2][None], real.flatten(), shares[None])[0]
 
 
 def test_equal_experts_have_an_auxiliary_loss_of_one_and_very_low_scores_stay_finite():
@@ -229,18 +232,19 @@ def test_equal_experts_have_an_auxiliary_loss_of_one_and_very_low_scores_stay_fi
     torch.nn.init.zeros_(moe.router.weight)
     x, real = torch.randn(1, 6, 8, dtype=torch.float64), torch.ones(1, 6, dtype=torch.bool)
     uniform = torch.full((5,), 0.2, dtype=torch.float64)
-    assert moe(x, real, None, uniform)[2][2].item() == pytest.approx(6)
+    assert statistics_of(moe, x, real, uniform)[2].item() == pytest.approx(6)
     torch.nn.init.constant_(moe.router.weight, -1e4)
-    statistics = moe(x.abs(), real, None, torch.eye(5, dtype=torch.float64)[0])[2]
+    statistics = statistics_of(moe, x.abs(), real, torch.eye(5, dtype=torch.float64)[0])
     assert statistics.isfinite().all()
 
 
 def test_noise_belongs_to_training_and_to_its_place():
     """arXiv:1701.06538, equation 4: logits plus standard normal times softplus(x W_noise), and a gradient for it."""
     moe = make(noisy_top_k=True)
-    x, real, keys = torch.randn(3, 4, 8, dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool), torch.arange(3)
+    x, real = torch.randn(3, 4, 8, dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool)
+    keys = site_keys(torch.arange(3), 1)[1]
     noisy, loads, _ = moe(x, real, keys)
-    part, _, _ = moe(x[1:2], real[1:2], keys[1:2])
+    part, _, _ = moe(x[1:2], real[1:2], keys[:, 1:2])
     torch.testing.assert_close(part, noisy[1:2])
     noisy.sum().backward()
     assert moe.router.noise.grad.abs().max() > 0

@@ -24,17 +24,17 @@ def test_keys_differ_by_everything_they_depend_on():
 def test_dropout_of_a_sequence_does_not_depend_on_its_batch():
     x = torch.randn(8, 16, 12)
     keys = sequence_keys(0, 5, torch.arange(8))
-    whole = dropout(x, 0.1, keys, 3)
+    whole = dropout(x, 0.1, keys)
     for i in range(8):
-        assert torch.equal(dropout(x[i : i + 1], 0.1, keys[i : i + 1], 3)[0], whole[i])
-    assert torch.equal(dropout(x, 0.1, keys, 3), whole)
-    assert not torch.equal(dropout(x, 0.1, keys, 4), whole)
-    assert dropout(x, 0.1, None, 3) is x
+        assert torch.equal(dropout(x[i : i + 1], 0.1, keys[i : i + 1])[0], whole[i])
+    assert torch.equal(dropout(x, 0.1, keys), whole)
+    assert not torch.equal(dropout(x, 0.1, fold(keys, 4)), whole)
+    assert dropout(x, 0.1, None) is x
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     keys = sequence_keys(1, 2, torch.arange(64))
-    out = dropout(torch.ones(64, 4096), 0.1, keys, 0)
+    out = dropout(torch.ones(64, 4096), 0.1, keys)
     share = (out == 0).double().mean()
     assert abs(share - 26 / 256) < 0.002  # in steps of 1/256
     assert abs(out.double().mean() - 1) < 0.003

@@ -49,8 +49,8 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
         output = model(tokens[rows, :-1], targets[rows])
         (output.loss / real).backward()
         loss += output.loss.detach().double() / real
-    parts = gradients.local_gradients(model)
-    square, loss = gradients.sum_over_ranks(gradients.sum_of_squares(parts, replicate), loss)
+    gradients.sum_replicated(model)
+    square, loss = gradients.sum_over_ranks(gradients.sum_of_squares(model, replicate), loss)
     grads = {}
     for name, p in model.named_parameters():
         grad = logical(model, name, p.grad)
@@ -86,7 +86,8 @@ def gathered_leaves_the_model_sharded(**keys):
         outside = model(tokens).logits
         with fsdp.gathered(model):
             inside = [model(tokens).logits for _ in range(3)]
-    sharded = all(hasattr(p, "placements") for p in model.parameters())
+    whole = set(fsdp.replicated(model))
+    sharded = all(hasattr(p, "placements") != (p in whole) for p in model.parameters())
     model(tokens, tokens).loss.backward()
     return sharded, all(torch.equal(x, outside) for x in inside), all(p.grad is not None for p in model.parameters())
 

@@ -265,7 +265,20 @@ def make_saver(run: Run, lock: Lock | None) -> Saver:
         run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
         run.config.checkpoint, lock, tell,
     )  # fmt: skip
+    if line := not_locked(mesh.gather(run.saver.image and run.saver.image.not_locked, run.saver.group)):
+        run.report.say(line)
     return run.saver
+
+
+def not_locked(reasons: list[str | None]) -> str | None:
+    """The line for ranks whose staging memory could not be page-locked; reasons: why, of each rank, or None."""
+    failed = [why for why in reasons if why is not None]
+    if not failed:
+        return None
+    return (
+        f"checkpoint.async_save=true: the staging memory of {len(failed)} of {len(reasons)} ranks could not be "
+        f"page-locked ({failed[0]}); the run continues, and copies of a save from the GPU do not overlap with training"
+    )
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 
 from data.config import ConfigError
 from model.loss import Loss, liger_cross_entropy
+from model.segments import c_compiler as c_compiler
+from model.segments import flex_supported, triton_lacks
 from parallel.mesh import World
 
 
@@ -83,14 +85,25 @@ def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | N
         return None, None
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, "train.liger=true: its kernels want CUDA; the built-in loss is used"
+    if device.type == "cuda" and (lacks := triton_lacks()):
+        return None, f"train.liger=true: Triton compiles its kernels and needs {lacks}; the built-in loss is used"
     try:
         return liger_cross_entropy(), None
     except ImportError as error:
         return None, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
 
 
-def check_compiler() -> None:
-    """Raises ConfigError where torch.compile would find no C++ compiler, which it wants on a GPU too."""
+def without_flex(device: torch.device) -> str | None:
+    """The line for a run with data.mask_documents on a GPU that could use FlexAttention and cannot compile it."""
+    if not flex_supported(device) or (lacks := triton_lacks()) is None:
+        return None
+    return f"data.mask_documents=true: Triton compiles FlexAttention and needs {lacks}; a slower attention is used"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile would find no compiler: C++ on any device, C for Triton on a GPU."""
+    if device.type == "cuda" and (lacks := triton_lacks()):
+        raise ConfigError(f"train.compile=true: Triton needs {lacks}; install it, or set train.compile=false")
     name = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")
     if shutil.which(name) is None:
         raise ConfigError(

@@ -240,6 +240,8 @@ def begin(
     run.model.head.loss = loss or run.model.head.loss
     if without:
         run.report.say(without)
+    if config.data.mask_documents and not config.model.attention_dropout and (line := machine.without_flex(run.device)):
+        run.report.say(line)
     if advice := mesh.advice(run.world, config.model, run.degrees):
         run.report.say(advice)
     d = run.degrees

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.config import ConfigError
+from model import segments
 from parallel.mesh import World
 from tests.trainer import cases
 from trainer import machine
@@ -104,3 +105,66 @@ def test_freed_memory_is_kept():
     if faults[0] < 1000:
         pytest.skip(f"this allocator keeps its pages anyway ({faults[0]} faults)")
     assert faults[1] < faults[0] / 4
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A PATH with nothing but what a test puts there; CC is not set."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if triton were installed
+
+    def install(name):
+        (tmp_path / name).touch(0o755)
+
+    return install
+
+
+def test_the_c_compiler_is_the_one_that_triton_runs(tools, monkeypatch):
+    assert machine.c_compiler() is None
+    tools("cc")  # which Triton does not look for
+    assert machine.c_compiler() is None
+    tools("clang")
+    assert machine.c_compiler() == "clang"
+    tools("gcc")
+    assert machine.c_compiler() == "gcc"
+    monkeypatch.setenv("CC", "icx")
+    assert machine.c_compiler() is None
+    tools("icx")
+    assert machine.c_compiler() == "icx"
+
+
+def test_a_gpu_without_a_c_compiler_trains_without_triton_and_says_so(tools, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert machine.without_flex(gpu) == (
+        "data.mask_documents=true: Triton compiles FlexAttention and needs a C compiler (gcc or clang, or CC=); "
+        "a slower attention is used"
+    )
+    loss, line = machine.choose_loss(True, gpu)
+    assert loss is None and "train.liger=true: Triton compiles its kernels and needs a C compiler" in line
+    with pytest.raises(ConfigError, match="train.compile=true: Triton needs a C compiler.*set train.compile=false"):
+        machine.check_compiler(gpu)
+    tools("gcc")
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "/no/headers"})
+    assert "needs /no/headers/Python.h" in machine.without_flex(gpu)
+    monkeypatch.setattr("os.path.exists", lambda path: True)
+    assert machine.without_flex(gpu) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # where there is no FlexAttention
+    assert machine.without_flex(gpu) is None
+    assert machine.without_flex(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("lacks, kind", [(None, "Flex"), ("a C compiler", "Groups")])
+def test_attention_over_documents_needs_no_triton(monkeypatch, lacks, kind):
+    monkeypatch.setattr(segments, "flex_supported", lambda device: True)
+    monkeypatch.setattr(segments, "triton_lacks", lambda: lacks)
+    monkeypatch.setattr(segments, "Flex", lambda starts: "Flex")
+    monkeypatch.setattr(segments, "Groups", lambda starts, device: "Groups")
+    segments.flex_available.cache_clear()
+    try:
+        starts = torch.ones(1, 4, dtype=torch.bool)
+        assert segments.segmented(starts, torch.ones(1, 4, 8), dropout=False) == kind
+        assert segments.segmented(starts, torch.ones(1, 4, 8), dropout=True) == "Groups"
+    finally:
+        segments.flex_available.cache_clear()

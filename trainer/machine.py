@@ -1,11 +1,13 @@
 """This computer: device, dtype, threads, and the memory allocator. Everything a run decides by looking at it."""
 
 import ctypes
+import functools
 import os
 import platform
 import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,21 +17,85 @@ from model.loss import Loss, liger_cross_entropy
 from model.segments import c_compiler as c_compiler
 from model.segments import flex_supported, triton_lacks
 from parallel.mesh import World
+from trainer import faults
 
 
-def choose_device(wish: str, world: World) -> torch.device:
-    """`auto` is CUDA where there is a device for each local rank. Raises ConfigError."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wish != "cpu" and count:
-        check_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
-    if wish == "cpu" or (wish == "auto" and count < world.local_size):
-        return torch.device("cpu")
-    if count < world.local_size:
-        raise ConfigError(f"run.device=cuda: {world.local_size} processes here, but {count} CUDA devices; use cpu")
-    return torch.device("cuda", world.local_rank)
+def choose_device(requested: str, world: World, option: str = "run.device=") -> torch.device:
+    """`auto` is CUDA where there is a device for each local rank. Raises ConfigError; `option` is what the user set.
+
+    One rank of each machine logs why `auto` does not use the GPUs of that machine.
+    """
+    count, problem = cuda_devices() if requested != "cpu" else (0, None)
+    if count:
+        check_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), option)
+    kind, line = device_for(requested, world.local_size, count, problem, option)
+    if line is not None:
+        faults.tell(line, by=world.rank - world.local_rank)
+    return torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu")
 
 
-def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> None:
+def device_for(
+    requested: str, processes: int, count: int, problem: str | None, option: str = "run.device="
+) -> tuple[str, str | None]:
+    """`cuda` or `cpu` for the processes of a machine with `count` devices, and a line if `auto` leaves GPUs unused.
+
+    problem: why torch sees no device, from `cuda_devices`. Raises ConfigError where cuda is requested and cannot be.
+    """
+    if requested == "cpu":
+        return "cpu", None
+    if count >= processes:
+        return "cuda", None
+    here = f"{_number(processes, 'process')} on this machine, {_number(count, 'CUDA device')}"
+    if requested == "cuda":
+        why = f"start at most {_number(count, 'process')} here" if count else problem
+        raise ConfigError(f"{option}cuda: {here}; {why + '; ' if why else ''}or use {option}cpu")
+    if count:
+        fix = f"start {_number(count, 'process')} (--nproc_per_node={count}) to use the GPU{'s' * (count > 1)}"
+        return "cpu", f"{option}auto: {here}: using the CPU; {fix}"
+    return "cpu", problem and f"{option}auto: using the CPU; {problem}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun if count == 1 else noun + ('es' if noun.endswith('s') else 's')}"
+
+
+@functools.cache
+def cuda_devices() -> tuple[int, str | None]:
+    """The CUDA devices that torch sees, and if a torch built for CUDA sees none, why, and what to do.
+
+    torch says it in a warning of many lines, once a process, which is replaced here.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count or torch.version.cuda is None:
+        return count, None
+    return 0, no_device(str(caught[0].message) if caught else "", torch.__version__, torch.version.cuda)
+
+
+def no_device(warning: str, version: str, needs: str) -> str | None:
+    """Why a torch of `version`, built for the CUDA version `needs`, sees no device, by the words of its warning.
+
+    CUDA works with newer drivers, and within one major version with older ones: 13.x needs driver 580, 12.x 525
+    (https://docs.nvidia.com/deploy/cuda-compatibility). PyTorch has builds for CUDA 12.6 beside those for 13.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the user hides them
+        return None
+    if not warning:
+        return f"torch {version} is built for CUDA {needs} and finds no NVIDIA driver or GPU on this machine"
+    found = re.search(r"found version (\d+)", warning)
+    if found is None:
+        return f"torch {version}: {' '.join(warning.split())}"
+    has = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
+    line = f"the NVIDIA driver supports CUDA {has}, and torch {version} needs {needs.partition('.')[0]}.0 or newer; "
+    line += f"install driver {580 if needs.startswith('13') else 525} or newer"
+    if needs.startswith("13") and has.startswith("12"):
+        index = "--index-url https://download.pytorch.org/whl/cu126"
+        line += f", or the torch for this driver: pip install torch=={version.partition('+')[0]} {index}"
+    return line
+
+
+def check_card(name: str, capability: tuple[int, int], built_for: list[str], option: str = "run.device=") -> None:
     """Raises ConfigError for a card that this torch has no kernels for: an older one than any it was built for.
 
     built_for is torch.cuda.get_arch_list(): sm_75, sm_90a, compute_120. Otherwise the first kernel would fail.
@@ -38,8 +104,8 @@ def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> 
     mine = 10 * capability[0] + capability[1]
     if numbers and mine < min(numbers):
         raise ConfigError(
-            f"run.device: {name} is sm_{mine}, torch {torch.__version__} has kernels from sm_{min(numbers)} on; "
-            "install a torch built for it, choose another card (on Kaggle: GPU T4 x2), or give run.device=cpu"
+            f"{option[:-1]}: {name} is sm_{mine}, torch {torch.__version__} has kernels from sm_{min(numbers)} on; "
+            f"install a torch built for it, choose another card (on Kaggle: GPU T4 x2), or give {option}cpu"
         )
 
 

@@ -38,9 +38,57 @@ def test_a_run_that_goes_on_keeps_what_a_trial_found(monkeypatch, has):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_cuda_without_a_device_is_refused():
-    with pytest.raises(ConfigError, match="run.device=cuda: 2 processes here, but 0 CUDA devices; use cpu"):
+    with pytest.raises(ConfigError, match="run.device=cuda: 2 processes on this machine, 0 CUDA devices; .*or use"):
         machine.choose_device("cuda", World(0, 2, 0, 2))
     assert machine.choose_device("auto", World()).type == "cpu"
+
+
+TOO_OLD = (  # of a torch built for CUDA 13.0 with driver 570, its first line
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 12080). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+)
+
+
+def test_a_driver_too_old_for_torch_is_one_line_that_names_the_wheels(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    line = machine.no_device(TOO_OLD, "2.13.0+cu130", "13.0")
+    assert line == (
+        "the NVIDIA driver supports CUDA 12.8, and torch 2.13.0+cu130 needs 13.0 or newer; install driver 580 or newer"
+        ", or the torch for this driver: pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
+    )
+    older = machine.no_device(TOO_OLD.replace("12080", "11040"), "2.13.0+cu126", "12.6")
+    assert older.startswith("the NVIDIA driver supports CUDA 11.4, and torch 2.13.0+cu126 needs 12.0 or newer")
+    assert older.endswith("install driver 525 or newer")
+    other = machine.no_device("CUDA initialization: CUDA unknown error -\nset up", "2.13.0+cu130", "13.0")
+    assert other == "torch 2.13.0+cu130: CUDA initialization: CUDA unknown error - set up"
+    assert "finds no NVIDIA driver or GPU" in machine.no_device("", "2.13.0+cu130", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not a mistake
+    assert machine.no_device("", "2.13.0+cu130", "13.0") is None
+
+
+def test_auto_says_why_it_leaves_gpus_unused():
+    assert machine.device_for("auto", 2, 2, None) == ("cuda", None)
+    assert machine.device_for("auto", 2, 0, None) == ("cpu", None)  # a machine without GPUs is none to speak of
+    assert machine.device_for("cpu", 2, 1, None) == ("cpu", None)
+    assert machine.device_for("auto", 2, 0, "driver") == ("cpu", "run.device=auto: using the CPU; driver")
+    assert machine.device_for("auto", 2, 1, None) == (
+        "cpu",
+        "run.device=auto: 2 processes on this machine, 1 CUDA device: using the CPU; start 1 process "
+        "(--nproc_per_node=1) to use the GPU",
+    )
+    with pytest.raises(ConfigError, match="^run.device=cuda: 1 process on this machine, 0 CUDA devices; driver"):
+        machine.device_for("cuda", 1, 0, "driver")
+    with pytest.raises(ConfigError, match="^--device cuda: 8 processes .*, 4 CUDA devices; start at most 4 processes"):
+        machine.device_for("cuda", 8, 4, None, "--device ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+@pytest.mark.parametrize("number, says", [("gpu", "on this machine"), ("gpus", "Unsupported nproc_per_node value")])
+def test_torchrun_without_a_gpu_or_with_a_typing_error_ends_in_one_line(number, says):
+    command = [sys.executable, "-m", "launch.torchrun", f"--nproc_per_node={number}", "-m", "trainer.main"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and says in result.stderr
+    assert result.stderr.startswith(f"torchrun: --nproc_per_node={number}: ") and result.stderr.count("\n") == 1
 
 
 def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):

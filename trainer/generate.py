@@ -175,12 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="above 1: less of what was there before (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the first prompt, then + 1 (%(default)s)")
-    args = vars(parser.parse_args(argv))
-    checkpoint, prompts = args.pop("checkpoint"), args.pop("prompt") or ["Once upon a time"]
-    sampling = Sampling(**args)
-    from trainer.evaluate import load_model
+    from trainer.evaluate import add_device, load_model
 
-    model, tokenizer, _ = load_model(checkpoint)
+    add_device(parser)
+    args = vars(parser.parse_args(argv))
+    device, checkpoint, prompts = args.pop("device"), args.pop("checkpoint"), args.pop("prompt") or ["Once upon a time"]
+    sampling = Sampling(**args)
+    model, tokenizer, _ = load_model(checkpoint, device)
     later = dict.fromkeys(range(1, len(prompts)), "")
     pieces = texts_of(model, tokenizer, prompts, sampling)
     first = next(pieces)  # a prompt that does not fit is told before anything is written

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.config import ConfigError
+from data.config import ConfigError, UserError
 from model.loss import Loss, liger_cross_entropy
 from model.segments import c_compiler as c_compiler
 from model.segments import flex_supported, triton_lacks
@@ -122,6 +122,33 @@ def choose_dtype(wish: str, device: torch.device, dim: int, before: str | None =
     if before == "bfloat16":
         return torch.bfloat16 if _has_bf16() else torch.float32
     return torch.bfloat16 if before is None and bf16_pays(dim) else torch.float32
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """What evaluation and generation of a checkpoint compute in: bf16 on CUDA from sm80, else fp32.
+
+    Not fp16 on older cards: a forward that leaves its range gives a loss of NaN, and here no loss scale reacts to that.
+    """
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def device_with_room(requested: str, weights: int) -> torch.device:
+    """The device for a model of so many weights, from `--device`; with `auto` the CPU if they do not fit the GPU.
+
+    Raises UserError where `cuda` cannot be.
+    """
+    device = choose_device(requested, World(), "--device ")
+    if device.type == "cpu":
+        return device
+    need, free = weights * inference_dtype(device).itemsize, free_memory(device)
+    if free is None or need < 0.9 * free:
+        return device
+    here = f"the model's weights take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of GPU memory are free"
+    if requested == "cuda":
+        raise UserError(f"--device cuda: {here}; use --device cpu")
+    faults.tell(f"--device auto: using the CPU; {here}")
+    return torch.device("cpu")
 
 
 def bf16_pays(dim: int) -> bool:

@@ -20,6 +20,7 @@ from parallel.mesh import Degrees, World
 from trainer import checkpoint, machine
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
+from trainer.evaluate import name_of
 from trainer.faults import Spikes, StopFlag
 from trainer.hub_import import Beginning, beginning
 from trainer.hub_names import OF_TRAINING
@@ -301,7 +302,3 @@ def state_of(run: Run) -> dict[str, Any]:
         "device": run.device.type,
         "dtype": name_of(run.dtype),
     }
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

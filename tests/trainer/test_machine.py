@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from data.config import ConfigError
+from data.config import ConfigError, UserError
 from model import segments
 from parallel.mesh import World
 from tests.trainer import cases
@@ -89,6 +89,25 @@ def test_torchrun_without_a_gpu_or_with_a_typing_error_ends_in_one_line(number, 
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and says in result.stderr
     assert result.stderr.startswith(f"torchrun: --nproc_per_node={number}: ") and result.stderr.count("\n") == 1
+
+
+def test_inference_is_bf16_only_where_a_gpu_has_it(monkeypatch):
+    assert machine.inference_dtype(torch.device("cpu")) == torch.float32
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert machine.inference_dtype(torch.device("cuda", 0)) == dtype
+
+
+def test_a_model_that_does_not_fit_the_gpu_goes_to_the_cpu_or_is_refused(monkeypatch, capfd):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(machine, "choose_device", lambda requested, world, option: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10 << 30)
+    assert machine.device_with_room("auto", 4 << 30) == gpu
+    assert machine.device_with_room("auto", 5 << 30).type == "cpu"
+    assert "--device auto: using the CPU; the model's weights take 10.0 GiB, and 10.0 GiB" in capfd.readouterr().err
+    with pytest.raises(UserError, match="^--device cuda: the model's weights take 10.0 GiB.*; use --device cpu$"):
+        machine.device_with_room("cuda", 5 << 30)
 
 
 def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):

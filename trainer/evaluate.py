@@ -41,6 +41,7 @@ def evaluate(
 
     from data.loader import Share, story_rows
     from parallel.gradients import sum_over_ranks
+    from trainer.machine import attention_of_any_length
 
     seq_len, size = config.data.seq_len, config.train.micro_batch_size
     split, tokenizer = corpus.split(split_name), corpus.tokenizer()
@@ -51,7 +52,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attention_of_any_length():
             for places in Share(stories, size, world.size).of(world.rank):
                 between()
                 batch = rows.batch(list(places), [0] * len(places), trim=True).to(device)

@@ -70,6 +70,8 @@ def generate_batch(
     """
     import torch
 
+    from trainer.machine import attention_of_any_length
+
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     most = model.config.max_seq_len
     for prompt in ids:
@@ -86,7 +88,7 @@ def generate_batch(
     try:
         cache = model.new_cache([len(prompt) for prompt in ids], max(ends, default=1) - 1)
         while rows:
-            with torch.no_grad():  # not around the yield, which lends this thread to others
+            with torch.no_grad(), attention_of_any_length():  # not around the yield, which lends this thread to others
                 logits = model(torch.tensor(tokens, device=device), cache=cache).logits[:, -1].float().cpu()
             logits[:, never] = -torch.inf
             going = []  # places in the cache

@@ -8,6 +8,8 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -131,6 +133,21 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     """
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if bf16 else torch.float32
+
+
+@contextmanager
+def attention_of_any_length() -> Iterator[None]:
+    """Keeps scaled_dot_product_attention from cuDNN, which makes a plan for each shape that it has not met before.
+
+    torch prefers cuDNN on H100 and newer. Training has one shape; evaluation has many, and generation a new one for
+    each token. A plan takes a few tenths of a second, so here the flash and memory-efficient kernels are used.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def device_with_room(requested: str, weights: int) -> torch.device:

@@ -11,6 +11,7 @@ from data.storybook import log_prob
 from parallel.mesh import World
 from tests.trainer import cases
 from trainer.evaluate import evaluate, load_model, main, place
+from trainer.generate import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,18 @@ def test_placed_in_bf16_all_but_the_routers_become_bf16_and_the_loss_stays_near(
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
     assert evaluate(model, corpus, config, 2, World())["loss"] == pytest.approx(want, rel=5e-3)
+
+
+def test_evaluation_and_generation_keep_attention_from_cudnn_and_training_does_not(run, corpus_dir):
+    """cuDNN plans anew for each shape: the switch is off in their forwards, and on again between tokens and after."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    model, tokenizer, config = load_model(run)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(enabled()))
+    evaluate(model, Corpus.open(corpus_dir), config, 2, World())
+    between = [enabled() for _ in generate(model, tokenizer, "Once", Sampling(max_new_tokens=3))]
+    assert len(seen) >= 4 and not any(seen)
+    assert between and all(between) and enabled()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, Corpus.open(corpus_dir), config, 1, World(), between=lambda: 1 / 0)
+    assert enabled()

@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 from trainer import faults
 
@@ -26,12 +27,30 @@ def flags(alone: bool) -> list[str]:
     return [*common, "--standalone", "--max-restarts=3"] if alone else common
 
 
+def wrong_number(nproc_per_node: str, number_of: Callable[[str], int]) -> str | None:
+    """Why torchrun cannot start that many processes, by its own function; None if it can."""
+    if nproc_per_node == "gpu":
+        from trainer.machine import cuda_devices
+
+        count, problem = cuda_devices()
+        if not count:
+            return f"{problem or 'no CUDA device on this machine'}; to train on the CPU give a number"
+    try:
+        number_of(nproc_per_node)
+    except ValueError as error:
+        return f"{error}; give a number, or gpu for one process for each GPU"
+    return None
+
+
 def main(words: Sequence[str]) -> int:
-    """Runs until the workers end. 0: done; 1: failed, or stopped by a signal; 130: by Ctrl-C, which alone is 0."""
+    """Runs until the workers end. 0: done; 1: failed, or stopped by a signal; 2: a number of processes that cannot be;
+    130: by Ctrl-C, which alone is 0.
+    """
     alone = not any(word.startswith("--rdzv") for word in words)
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ.setdefault("LOGLEVEL", "ERROR")  # without its advice on OMP_NUM_THREADS
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # nor on machines that end one after another
+    warnings.filterwarnings("ignore", "CUDA initialization")  # torch's, which the workers replace by one line
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -42,8 +61,12 @@ def main(words: Sequence[str]) -> int:
         del os.environ["TORCH_CPP_LOG_LEVEL"]
     logging.getLogger("torch.distributed").setLevel(os.environ["LOGLEVEL"])
     start = time.monotonic()
+    args = run.parse_args([*flags(alone), *words])
+    if (mistake := wrong_number(args.nproc_per_node, run.determine_local_world_size)) is not None:
+        print(f"torchrun: --nproc_per_node={args.nproc_per_node}: {mistake}", file=sys.stderr)
+        return 2
     try:
-        run.run(run.parse_args([*flags(alone), *words]))
+        run.run(args)
     except SignalException as stop:
         once = not isinstance(stop.__context__, SignalException)
         return 1 if stop.sigval != signal.SIGINT or not once else 0 if alone else 130

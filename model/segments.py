@@ -5,6 +5,10 @@ segments lie is the same for all layers of a kind, so it is worked out once a fo
 """
 
 import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,8 +30,41 @@ class Past(Protocol):
 
 def segmented(starts: Tensor, x: Tensor, dropout: bool) -> Past:
     """Segments that begin at starts (B, S), for activations like x; FlexAttention has no `dropout`."""
-    flex = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return Flex(starts) if flex and not dropout and x.dtype != torch.float64 else Groups(starts, x.device)
+    flex = not dropout and x.dtype != torch.float64 and flex_available(x.device)
+    return Flex(starts) if flex else Groups(starts, x.device)
+
+
+@functools.cache
+def flex_available(device: torch.device) -> bool:
+    """Whether FlexAttention can be compiled for a device."""
+    return flex_supported(device) and triton_lacks() is None
+
+
+def flex_supported(device: torch.device) -> bool:
+    """Whether FlexAttention is what this device should use, if it can be compiled."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton runs (triton/runtime/build.py): CC if it is set, else gcc, else clang."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def triton_lacks() -> str | None:
+    """What Triton needs to start its kernels and does not find here, in words; None if nothing is missing.
+
+    It compiles a C module that starts them at the first kernel, which would otherwise fail in the first step.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if c_compiler() is None:
+        return f"CC={os.environ['CC']}" if "CC" in os.environ else "a C compiler (gcc or clang, or CC=)"
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"{headers}/Python.h (a package such as python3-dev)"
+    return None
 
 
 class Groups:

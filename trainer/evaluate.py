@@ -41,6 +41,7 @@ def evaluate(
 
     from data.loader import Share, story_rows
     from parallel.gradients import sum_over_ranks
+    from trainer.machine import attention_of_any_length
 
     seq_len, size = config.data.seq_len, config.train.micro_batch_size
     split, tokenizer = corpus.split(split_name), corpus.tokenizer()
@@ -51,7 +52,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attention_of_any_length():
             for places in Share(stories, size, world.size).of(world.rank):
                 between()
                 batch = rows.batch(list(places), [0] * len(places), trim=True).to(device)
@@ -110,27 +111,55 @@ def describe(line: dict[str, Any]) -> str:
     return text + f" ({line['stories']} stories, {line['cut']} tokens cut)"
 
 
-def load_model(path: Path, device: "torch.device | None" = None) -> tuple["Transformer", "Tokenizer", "Config"]:
-    """The model of a checkpoint (or of a run's newest) on one device, its tokenizer and its run's config."""
+def load_model(path: Path, requested: str = "cpu") -> tuple["Transformer", "Tokenizer", "Config"]:
+    """The model of a checkpoint (or of a run's newest) on one device, its tokenizer and its run's config.
+
+    requested: `auto`, `cpu` or `cuda`. On a CPU it computes in fp32, on a GPU as `machine.inference_dtype` says.
+    """
     import torch
 
     from data.config import check
     from data.tokenizer import Tokenizer
     from parallel import fsdp
     from trainer import checkpoint as checkpoints
+    from trainer import machine
     from trainer.config import SECTION_TYPES, Config
 
     found, passed_over = checkpoints.find(path)
     manifest = found.manifest
     config = Config(**{name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()})
-    device = device or torch.device("cpu")
-    model = fsdp.build(config.model, manifest["vocab_size"], config.train.seed, device, torch.float32, None)
+    cpu = torch.device("cpu")
+    model = fsdp.build(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
     found, more = checkpoints.load(found, model, others=found.path != path)
     for why in [*passed_over, *more]:
         print(f"passed over {why}", file=sys.stderr)
     tokenizer = Tokenizer(found.path / checkpoints.TOKENIZER)
-    print(f"{found.path}: step {found.step}", file=sys.stderr)
+    device = machine.device_with_room(requested, sum(p.numel() for p in model.parameters()))
+    place(model, device, machine.inference_dtype(device))
+    print(f"{found.path}: step {found.step}, on {device.type}, {name_of(model.compute_dtype)}", file=sys.stderr)
     return model, tokenizer, config
+
+
+def place(model: "Transformer", device: "torch.device", dtype: "torch.dtype") -> None:
+    """Let a model compute on a device in `dtype`. Its weights become that, but for the routers', as under FSDP."""
+    from model.moe import Router
+
+    routers = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in routers:
+            parameter.data = parameter.data.to(dtype)
+    model.to(device)
+    model.compute_dtype = dtype
+
+
+def name_of(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag `--device`, the same for all commands that compute with a checkpoint."""
+    about = "where to compute: a GPU (bf16 from sm80 on), or the CPU (fp32); auto: the GPU if there is one"
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help=f"{about} (default: auto)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder of a prepared corpus (default: the run's)")
     parser.add_argument("--split", default="validation", choices=["validation", "train"])
     parser.add_argument("--batches", default="all", help="all, or a number of micro_batch_size stories each")
+    add_device(parser)
     args = parser.parse_args(argv)
     from data.config import UserError
     from data.shards import Corpus
@@ -148,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.batches != "all" and not (args.batches.isdigit() and int(args.batches) > 0):
         raise UserError(f"--batches {args.batches}: give all, or a number from 1")
     set_threads("auto", World())
-    model, tokenizer, config = load_model(args.checkpoint)
+    model, tokenizer, config = load_model(args.checkpoint, args.device)
     corpus = Corpus.open(args.data or config.data.dir)
     if corpus.tokenizer().hash != tokenizer.hash:
         raise UserError(f"--data {corpus.folder}: its tokenizer is not the checkpoint's; prepare it with that")
     line = evaluate(model, corpus, config, args.batches, World(), args.split)
+    line |= {"device": model.embedding.weight.device.type, "dtype": name_of(model.compute_dtype)}
     print(describe(line), file=sys.stderr)
     print(json.dumps(line))
     return 0

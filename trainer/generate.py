@@ -70,6 +70,8 @@ def generate_batch(
     """
     import torch
 
+    from trainer.machine import attention_of_any_length
+
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     most = model.config.max_seq_len
     for prompt in ids:
@@ -86,7 +88,7 @@ def generate_batch(
     try:
         cache = model.new_cache([len(prompt) for prompt in ids], max(ends, default=1) - 1)
         while rows:
-            with torch.no_grad():  # not around the yield, which lends this thread to others
+            with torch.no_grad(), attention_of_any_length():  # not around the yield, which lends this thread to others
                 logits = model(torch.tensor(tokens, device=device), cache=cache).logits[:, -1].float().cpu()
             logits[:, never] = -torch.inf
             going = []  # places in the cache
@@ -175,12 +177,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="above 1: less of what was there before (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the first prompt, then + 1 (%(default)s)")
-    args = vars(parser.parse_args(argv))
-    checkpoint, prompts = args.pop("checkpoint"), args.pop("prompt") or ["Once upon a time"]
-    sampling = Sampling(**args)
-    from trainer.evaluate import load_model
+    from trainer.evaluate import add_device, load_model
 
-    model, tokenizer, _ = load_model(checkpoint)
+    add_device(parser)
+    args = vars(parser.parse_args(argv))
+    device, checkpoint, prompts = args.pop("device"), args.pop("checkpoint"), args.pop("prompt") or ["Once upon a time"]
+    sampling = Sampling(**args)
+    model, tokenizer, _ = load_model(checkpoint, device)
     later = dict.fromkeys(range(1, len(prompts)), "")
     pieces = texts_of(model, tokenizer, prompts, sampling)
     first = next(pieces)  # a prompt that does not fit is told before anything is written

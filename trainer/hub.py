@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument("--plain", action="store_true", help="plain Llama 4, whatever it has no place for")
     out.add_argument("--data", help="prepared corpus to count on what a balance bias does (default: the run's)")
     out.add_argument("--batches", default="run", help="of it: all, a number, or none (default: the run's eval.batches)")
+    from trainer.evaluate import add_device
+
+    add_device(out)
     into = commands.add_parser("import", help="such a folder -> a checkpoint to evaluate and generate with")
     into.add_argument("--from", type=Path, required=True, dest="source", help="a folder with config.json, safetensors")
     into.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
@@ -50,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batches {args.batches}: give all, none, or a number from 1")
     from trainer.hub_export import export
 
-    export(args.checkpoint, args.out, args.dtype, size_of(args.shard_size), args.plain, args.data, args.batches)
+    size = size_of(args.shard_size)
+    export(args.checkpoint, args.out, args.dtype, size, args.plain, args.data, args.batches, args.device)
     return 0
 
 

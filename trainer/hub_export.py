@@ -69,10 +69,13 @@ class Stored:
         return reasons
 
 
-def export(source: Path, out: Path, dtype: str, limit: int, plain: bool, corpus: str | None, batches: str) -> None:
+def export(
+    source: Path, out: Path, dtype: str, limit: int, plain: bool, corpus: str | None, batches: str, device: str = "cpu"
+) -> None:
     """Write the folder `out` in files of `limit` bytes, and say what it is. Raises UserError; then nothing is left.
 
-    `plain` leaves out what Llama 4 has no place for. On `batches` of `corpus` it is counted what a bias does.
+    `plain` leaves out what Llama 4 has no place for. On `batches` of `corpus` it is counted what a bias does, on
+    `device` (auto, cpu or cuda).
     """
     if out.exists():
         raise UserError(f"--out {out}: exists; give another, or remove it")
@@ -98,7 +101,7 @@ def export(source: Path, out: Path, dtype: str, limit: int, plain: bool, corpus:
     else:
         print(f"Llama 4 and {MODELING}.py, to be loaded with trust_remote_code=True: for {' and '.join(reasons)}")
     if BIAS in reasons:
-        print(f"without the bias {what_the_bias_does(stored, corpus, batches)}")
+        print(f"without the bias {what_the_bias_does(stored, corpus, batches, device)}")
 
 
 def _write(stored: Stored, folder: Path, dtype: str, limit: int, plain: bool) -> str:
@@ -134,7 +137,7 @@ def _tensors(stored: Stored, kept: Sequence[Piece]) -> Iterator[tuple[str, Tenso
         del whole  # before the next one is read
 
 
-def what_the_bias_does(stored: Stored, folder: str | None, batches: str) -> str:
+def what_the_bias_does(stored: Stored, folder: str | None, batches: str, device: str) -> str:
     """How many validation tokens would meet another expert without the bias, and the loss, or why it is not known."""
     unknown = "tokens would meet other experts; how many was not counted"
     if batches == "none":
@@ -149,7 +152,7 @@ def what_the_bias_does(stored: Stored, folder: str | None, batches: str) -> str:
     if corpus.tokenizer().hash != stored.manifest["tokenizer"]:
         return f"{unknown}: {corpus.folder} has another tokenizer"
     machine.set_threads("auto", World())
-    model, _, config = load_model(stored.path)
+    model, _, config = load_model(stored.path, device)
     routers = [module for module in model.modules() if isinstance(module, Router)]
     turned: list[Tensor] = []  # of each layer of each batch in turn, whether each token is sent elsewhere
 

@@ -90,9 +90,9 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
     watch.mark("opening the corpus")
     if config.run.deterministic:
         machine.be_deterministic()
-    if config.train.compile:
-        machine.check_compiler()
     device = machine.choose_device(config.run.device, world)
+    if config.train.compile:
+        machine.check_compiler(device)
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
     watch.mark("connecting")

@@ -1,33 +1,103 @@
 """This computer: device, dtype, threads, and the memory allocator. Everything a run decides by looking at it."""
 
 import ctypes
+import functools
 import os
 import platform
 import re
 import shutil
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from data.config import ConfigError
+from data.config import ConfigError, UserError
 from model.loss import Loss, liger_cross_entropy
+from model.segments import c_compiler as c_compiler
+from model.segments import flex_supported, triton_lacks
 from parallel.mesh import World
+from trainer import faults
 
 
-def choose_device(wish: str, world: World) -> torch.device:
-    """`auto` is CUDA where there is a device for each local rank. Raises ConfigError."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wish != "cpu" and count:
-        check_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
-    if wish == "cpu" or (wish == "auto" and count < world.local_size):
-        return torch.device("cpu")
-    if count < world.local_size:
-        raise ConfigError(f"run.device=cuda: {world.local_size} processes here, but {count} CUDA devices; use cpu")
-    return torch.device("cuda", world.local_rank)
+def choose_device(requested: str, world: World, option: str = "run.device=") -> torch.device:
+    """`auto` is CUDA where there is a device for each local rank. Raises ConfigError; `option` is what the user set.
+
+    One rank of each machine logs why `auto` does not use the GPUs of that machine.
+    """
+    count, problem = cuda_devices() if requested != "cpu" else (0, None)
+    if count:
+        check_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), option)
+    kind, line = device_for(requested, world.local_size, count, problem, option)
+    if line is not None:
+        faults.tell(line, by=world.rank - world.local_rank)
+    return torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu")
 
 
-def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> None:
+def device_for(
+    requested: str, processes: int, count: int, problem: str | None, option: str = "run.device="
+) -> tuple[str, str | None]:
+    """`cuda` or `cpu` for the processes of a machine with `count` devices, and a line if `auto` leaves GPUs unused.
+
+    problem: why torch sees no device, from `cuda_devices`. Raises ConfigError where cuda is requested and cannot be.
+    """
+    if requested == "cpu":
+        return "cpu", None
+    if count >= processes:
+        return "cuda", None
+    here = f"{_number(processes, 'process')} on this machine, {_number(count, 'CUDA device')}"
+    if requested == "cuda":
+        why = f"start at most {_number(count, 'process')} here" if count else problem
+        raise ConfigError(f"{option}cuda: {here}; {why + '; ' if why else ''}or use {option}cpu")
+    if count:
+        fix = f"start {_number(count, 'process')} (--nproc_per_node={count}) to use the GPU{'s' * (count > 1)}"
+        return "cpu", f"{option}auto: {here}: using the CPU; {fix}"
+    return "cpu", problem and f"{option}auto: using the CPU; {problem}"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun if count == 1 else noun + ('es' if noun.endswith('s') else 's')}"
+
+
+@functools.cache
+def cuda_devices() -> tuple[int, str | None]:
+    """The CUDA devices that torch sees, and if a torch built for CUDA sees none, why, and what to do.
+
+    torch says it in a warning of many lines, once a process, which is replaced here.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count or torch.version.cuda is None:
+        return count, None
+    return 0, no_device(str(caught[0].message) if caught else "", torch.__version__, torch.version.cuda)
+
+
+def no_device(warning: str, version: str, needs: str) -> str | None:
+    """Why a torch of `version`, built for the CUDA version `needs`, sees no device, by the words of its warning.
+
+    CUDA works with newer drivers, and within one major version with older ones: 13.x needs driver 580, 12.x 525
+    (https://docs.nvidia.com/deploy/cuda-compatibility). PyTorch has builds for CUDA 12.6 beside those for 13.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the user hides them
+        return None
+    if not warning:
+        return f"torch {version} is built for CUDA {needs} and finds no NVIDIA driver or GPU on this machine"
+    found = re.search(r"found version (\d+)", warning)
+    if found is None:
+        return f"torch {version}: {' '.join(warning.split())}"
+    has = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
+    line = f"the NVIDIA driver supports CUDA {has}, and torch {version} needs {needs.partition('.')[0]}.0 or newer; "
+    line += f"install driver {580 if needs.startswith('13') else 525} or newer"
+    if needs.startswith("13") and has.startswith("12"):
+        index = "--index-url https://download.pytorch.org/whl/cu126"
+        line += f", or the torch for this driver: pip install torch=={version.partition('+')[0]} {index}"
+    return line
+
+
+def check_card(name: str, capability: tuple[int, int], built_for: list[str], option: str = "run.device=") -> None:
     """Raises ConfigError for a card that this torch has no kernels for: an older one than any it was built for.
 
     built_for is torch.cuda.get_arch_list(): sm_75, sm_90a, compute_120. Otherwise the first kernel would fail.
@@ -36,8 +106,8 @@ def check_card(name: str, capability: tuple[int, int], built_for: list[str]) -> 
     mine = 10 * capability[0] + capability[1]
     if numbers and mine < min(numbers):
         raise ConfigError(
-            f"run.device: {name} is sm_{mine}, torch {torch.__version__} has kernels from sm_{min(numbers)} on; "
-            "install a torch built for it, choose another card (on Kaggle: GPU T4 x2), or give run.device=cpu"
+            f"{option[:-1]}: {name} is sm_{mine}, torch {torch.__version__} has kernels from sm_{min(numbers)} on; "
+            f"install a torch built for it, choose another card (on Kaggle: GPU T4 x2), or give {option}cpu"
         )
 
 
@@ -54,6 +124,48 @@ def choose_dtype(wish: str, device: torch.device, dim: int, before: str | None =
     if before == "bfloat16":
         return torch.bfloat16 if _has_bf16() else torch.float32
     return torch.bfloat16 if before is None and bf16_pays(dim) else torch.float32
+
+
+def inference_dtype(device: torch.device) -> torch.dtype:
+    """What evaluation and generation of a checkpoint compute in: bf16 on CUDA from sm80, else fp32.
+
+    Not fp16 on older cards: a forward that leaves its range gives a loss of NaN, and here no loss scale reacts to that.
+    """
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+@contextmanager
+def attention_of_any_length() -> Iterator[None]:
+    """Keeps scaled_dot_product_attention from cuDNN, which makes a plan for each shape that it has not met before.
+
+    torch prefers cuDNN on H100 and newer. Training has one shape; evaluation has many, and generation a new one for
+    each token. A plan takes a few tenths of a second, so here the flash and memory-efficient kernels are used.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def device_with_room(requested: str, weights: int) -> torch.device:
+    """The device for a model of so many weights, from `--device`; with `auto` the CPU if they do not fit the GPU.
+
+    Raises UserError where `cuda` cannot be.
+    """
+    device = choose_device(requested, World(), "--device ")
+    if device.type == "cpu":
+        return device
+    need, free = weights * inference_dtype(device).itemsize, free_memory(device)
+    if free is None or need < 0.9 * free:
+        return device
+    here = f"the model's weights take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of GPU memory are free"
+    if requested == "cuda":
+        raise UserError(f"--device cuda: {here}; use --device cpu")
+    faults.tell(f"--device auto: using the CPU; {here}")
+    return torch.device("cpu")
 
 
 def bf16_pays(dim: int) -> bool:
@@ -83,14 +195,25 @@ def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | N
         return None, None
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, "train.liger=true: its kernels want CUDA; the built-in loss is used"
+    if device.type == "cuda" and (lacks := triton_lacks()):
+        return None, f"train.liger=true: Triton compiles its kernels and needs {lacks}; the built-in loss is used"
     try:
         return liger_cross_entropy(), None
     except ImportError as error:
         return None, f"train.liger=true: {error}; the built-in loss is used (pip install liger-kernel)"
 
 
-def check_compiler() -> None:
-    """Raises ConfigError where torch.compile would find no C++ compiler, which it wants on a GPU too."""
+def without_flex(device: torch.device) -> str | None:
+    """The line for a run with data.mask_documents on a GPU that could use FlexAttention and cannot compile it."""
+    if not flex_supported(device) or (lacks := triton_lacks()) is None:
+        return None
+    return f"data.mask_documents=true: Triton compiles FlexAttention and needs {lacks}; a slower attention is used"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile would find no compiler: C++ on any device, C for Triton on a GPU."""
+    if device.type == "cuda" and (lacks := triton_lacks()):
+        raise ConfigError(f"train.compile=true: Triton needs {lacks}; install it, or set train.compile=false")
     name = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")
     if shutil.which(name) is None:
         raise ConfigError(

@@ -296,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]}")
+    from trainer.evaluate import add_device, load_model
+
+    add_device(parser)
     args = parser.parse_args(argv)
     if args.port is not None and not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port}: give one from 1 to 65535, or 0 for any that is free")
@@ -304,10 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("the page needs gradio, which is not installed: pip install -e '.[play]'") from None
-    from trainer.evaluate import load_model
 
     with listen(args.host, args.port) as ear:
-        model, tokenizer, _ = load_model(args.checkpoint)
+        model, tokenizer, _ = load_model(args.checkpoint, args.device)
         try:
             serve(page(model, tokenizer, args.checkpoint.resolve().name), model.config.n_experts, ear)
         except KeyboardInterrupt:  # the way to end it

@@ -20,6 +20,7 @@ from parallel.mesh import Degrees, World
 from trainer import checkpoint, machine
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
+from trainer.evaluate import name_of
 from trainer.faults import Spikes, StopFlag
 from trainer.hub_import import Beginning, beginning
 from trainer.hub_names import OF_TRAINING
@@ -240,6 +241,8 @@ def begin(
     run.model.head.loss = loss or run.model.head.loss
     if without:
         run.report.say(without)
+    if config.data.mask_documents and not config.model.attention_dropout and (line := machine.without_flex(run.device)):
+        run.report.say(line)
     if advice := mesh.advice(run.world, config.model, run.degrees):
         run.report.say(advice)
     d = run.degrees
@@ -265,7 +268,20 @@ def make_saver(run: Run, lock: Lock | None) -> Saver:
         run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
         run.config.checkpoint, lock, tell,
     )  # fmt: skip
+    if line := not_locked(mesh.gather(run.saver.image and run.saver.image.not_locked, run.saver.group)):
+        run.report.say(line)
     return run.saver
+
+
+def not_locked(reasons: list[str | None]) -> str | None:
+    """The line for ranks whose staging memory could not be page-locked; reasons: why, of each rank, or None."""
+    failed = [why for why in reasons if why is not None]
+    if not failed:
+        return None
+    return (
+        f"checkpoint.async_save=true: the staging memory of {len(failed)} of {len(reasons)} ranks could not be "
+        f"page-locked ({failed[0]}); the run continues, and copies of a save from the GPU do not overlap with training"
+    )
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -286,7 +302,3 @@ def state_of(run: Run) -> dict[str, Any]:
         "device": run.device.type,
         "dtype": name_of(run.dtype),
     }
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -139,6 +140,22 @@ class Source:
         return memoryview(buffer)[: blocks.whole_pages(min(BLOCK, self.size - start))]
 
 
+def lock_pages(memory: Tensor, device: torch.device) -> str | None:
+    """Page-lock host memory, so that copies from the device run beside its kernels. Returns why that failed, or None.
+
+    Containers, WSL and sandboxes may refuse it. CUDA also keeps a failure as its last error, and the next kernel that
+    torch launches would raise it: so one is launched here, which raises it and thereby clears it.
+    """
+    result = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)
+    try:
+        torch.cuda.check_error(result)
+    except torch.cuda.CudaError as error:
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)
+        return str(error)
+    return None
+
+
 class Image:
     """A staged copy of a source, in memory that serves every save; its pages are touched here, and locked for CUDA.
 
@@ -152,8 +169,9 @@ class Image:
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).zero_()
         self._copies = Batch(self._copy)
         self._stream = None
+        self.not_locked: str | None = None  # why the memory could not be locked
         if source.device.type == "cuda":
-            torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), len(self._bytes), 0)
+            self.not_locked = lock_pages(self._bytes, source.device)
             self._stream = torch.cuda.Stream(source.device)
 
     def begin(self) -> None:

@@ -36,7 +36,7 @@ class Place:
     step: int = 0  # 0: before the first
     phase: str = "starting"
     marks: int = 0  # passed so far: of ranks that do the same, the one with fewer is behind
-    moved: int = 0  # MiB to and from disks, and up to the first step seconds at work: long loads, builds are no hang
+    moved: int = 0  # MiB to and from disks, and before the first step times at work: long loads, builds are no hang
     ticks: int = 0  # of its thread
     line: str = ""  # of our code, once it stands still
     host: str = ""
@@ -106,6 +106,14 @@ class Watch:
         """The main thread ends, and needs no watch any more."""
         self._closed.set()
 
+    def works_alone(self) -> bool:
+        """Whether CPU time shows that the main thread gets on: a model that is built or loaded for minutes is no hang.
+
+        Not where it waits for others, as in any step: one that waits for NCCL or for the GPU spins, and uses a whole
+        core. New machines hang in their first messages.
+        """
+        return self.place.step == 0 and self.place.phase not in ("connecting", "the first message")
+
     # the thread
 
     def _watch(self) -> None:
@@ -116,7 +124,7 @@ class Watch:
             before = now
             self._clock += passed
             used, cpu = time.process_time() - cpu, time.process_time()
-            busy += self.place.step <= 1 and used > passed / 5  # later not: who waits for NCCL is at work, too
+            busy += self.works_alone() and used > passed / 5
             self.place.moved = moved() + busy
             self._idle = self._idle + passed if self.place.signs == last else 0.0
             last = self.place.signs

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from data.config import UserError
 from data.shards import Corpus
 from data.storybook import log_prob
 from parallel.mesh import World
 from tests.trainer import cases
-from trainer.evaluate import evaluate, load_model, main
+from trainer.evaluate import evaluate, load_model, main, place
+from trainer.generate import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,41 @@ def test_training_mode_is_restored_after_an_error(run, corpus_dir, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         evaluate(model, Corpus.open(corpus_dir), config, 1, World())
     assert model.training
+
+
+def test_on_a_cpu_it_computes_in_fp32_and_the_line_says_so(run, capsys):
+    assert main(["--checkpoint", str(run), "--batches", "2", "--device", "cpu"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["device"], line["dtype"]) == ("cpu", "float32")
+    assert {p.dtype for p in load_model(run, "auto")[0].parameters()} == {torch.float32} or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_device_cuda_without_a_gpu_is_refused_in_one_line(run):
+    with pytest.raises(UserError, match="^--device cuda: 1 process on this machine, 0 CUDA.*use --device cpu$"):
+        main(["--checkpoint", str(run), "--device", "cuda"])
+
+
+def test_placed_in_bf16_all_but_the_routers_become_bf16_and_the_loss_stays_near(run, corpus_dir):
+    model, _, config = load_model(run)
+    corpus = Corpus.open(corpus_dir)
+    want = evaluate(model, corpus, config, 2, World())["loss"]
+    place(model, torch.device("cpu"), torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+    assert evaluate(model, corpus, config, 2, World())["loss"] == pytest.approx(want, rel=5e-3)
+
+
+def test_evaluation_and_generation_keep_attention_from_cudnn_and_training_does_not(run, corpus_dir):
+    """cuDNN plans anew for each shape: the switch is off in their forwards, and on again between tokens and after."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    model, tokenizer, config = load_model(run)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(enabled()))
+    evaluate(model, Corpus.open(corpus_dir), config, 2, World())
+    between = [enabled() for _ in generate(model, tokenizer, "Once", Sampling(max_new_tokens=3))]
+    assert len(seen) >= 4 and not any(seen)
+    assert between and all(between) and enabled()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, Corpus.open(corpus_dir), config, 1, World(), between=lambda: 1 / 0)
+    assert enabled()

@@ -254,6 +254,30 @@ def test_a_rank_that_is_slow_but_alive_is_waited_for(watches):
     assert not first.line and not second.line
 
 
+@pytest.fixture
+def at_work(monkeypatch):
+    """This process uses a whole core, as one does that builds a model, and one that waits for NCCL or a GPU."""
+    monkeypatch.setattr("trainer.watch.time.process_time", time.monotonic)
+
+
+@pytest.mark.parametrize("phase, step", [("connecting", None), ("forward", 1), ("the step's message", 1)])
+def test_ranks_that_spin_in_their_first_messages_hang(starting, at_work, phase, step):
+    for watch in starting:
+        watch.mark(phase, step)
+        if step:
+            watch.enter()
+    assert fault_cases.wait_for(lambda: all(watch.line for watch in starting), 30)
+    for watch in starting:
+        assert "no rank has moved for" in watch.line and "none is behind; waiting: ranks 0-1" in watch.line
+
+
+def test_a_model_that_takes_long_to_build_is_no_hang(starting, at_work):
+    for watch in starting:
+        watch.mark("building the model")
+    time.sleep(9)  # 1.5 times run.timeout
+    assert not any(watch.line for watch in starting)
+
+
 def test_the_line_groups_ranks():
     places = {rank: Place(4, "forward", 10, line="parallel/x.py:3") for rank in range(6)}
     assert compare(places, [], []) == "none is behind; waiting: ranks 0-5 (step 4, forward, parallel/x.py:3)"

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from data.config import ConfigError
+from data.config import ConfigError, UserError
+from model import segments
 from parallel.mesh import World
 from tests.trainer import cases
 from trainer import machine
@@ -37,9 +38,76 @@ def test_a_run_that_goes_on_keeps_what_a_trial_found(monkeypatch, has):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_cuda_without_a_device_is_refused():
-    with pytest.raises(ConfigError, match="run.device=cuda: 2 processes here, but 0 CUDA devices; use cpu"):
+    with pytest.raises(ConfigError, match="run.device=cuda: 2 processes on this machine, 0 CUDA devices; .*or use"):
         machine.choose_device("cuda", World(0, 2, 0, 2))
     assert machine.choose_device("auto", World()).type == "cpu"
+
+
+TOO_OLD = (  # of a torch built for CUDA 13.0 with driver 570, its first line
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 12080). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+)
+
+
+def test_a_driver_too_old_for_torch_is_one_line_that_names_the_wheels(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    line = machine.no_device(TOO_OLD, "2.13.0+cu130", "13.0")
+    assert line == (
+        "the NVIDIA driver supports CUDA 12.8, and torch 2.13.0+cu130 needs 13.0 or newer; install driver 580 or newer"
+        ", or the torch for this driver: pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
+    )
+    older = machine.no_device(TOO_OLD.replace("12080", "11040"), "2.13.0+cu126", "12.6")
+    assert older.startswith("the NVIDIA driver supports CUDA 11.4, and torch 2.13.0+cu126 needs 12.0 or newer")
+    assert older.endswith("install driver 525 or newer")
+    other = machine.no_device("CUDA initialization: CUDA unknown error -\nset up", "2.13.0+cu130", "13.0")
+    assert other == "torch 2.13.0+cu130: CUDA initialization: CUDA unknown error - set up"
+    assert "finds no NVIDIA driver or GPU" in machine.no_device("", "2.13.0+cu130", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # not a mistake
+    assert machine.no_device("", "2.13.0+cu130", "13.0") is None
+
+
+def test_auto_says_why_it_leaves_gpus_unused():
+    assert machine.device_for("auto", 2, 2, None) == ("cuda", None)
+    assert machine.device_for("auto", 2, 0, None) == ("cpu", None)  # a machine without GPUs is none to speak of
+    assert machine.device_for("cpu", 2, 1, None) == ("cpu", None)
+    assert machine.device_for("auto", 2, 0, "driver") == ("cpu", "run.device=auto: using the CPU; driver")
+    assert machine.device_for("auto", 2, 1, None) == (
+        "cpu",
+        "run.device=auto: 2 processes on this machine, 1 CUDA device: using the CPU; start 1 process "
+        "(--nproc_per_node=1) to use the GPU",
+    )
+    with pytest.raises(ConfigError, match="^run.device=cuda: 1 process on this machine, 0 CUDA devices; driver"):
+        machine.device_for("cuda", 1, 0, "driver")
+    with pytest.raises(ConfigError, match="^--device cuda: 8 processes .*, 4 CUDA devices; start at most 4 processes"):
+        machine.device_for("cuda", 8, 4, None, "--device ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+@pytest.mark.parametrize("number, says", [("gpu", "on this machine"), ("gpus", "Unsupported nproc_per_node value")])
+def test_torchrun_without_a_gpu_or_with_a_typing_error_ends_in_one_line(number, says):
+    command = [sys.executable, "-m", "launch.torchrun", f"--nproc_per_node={number}", "-m", "trainer.main"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and says in result.stderr
+    assert result.stderr.startswith(f"torchrun: --nproc_per_node={number}: ") and result.stderr.count("\n") == 1
+
+
+def test_inference_is_bf16_only_where_a_gpu_has_it(monkeypatch):
+    assert machine.inference_dtype(torch.device("cpu")) == torch.float32
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert machine.inference_dtype(torch.device("cuda", 0)) == dtype
+
+
+def test_a_model_that_does_not_fit_the_gpu_goes_to_the_cpu_or_is_refused(monkeypatch, capfd):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(machine, "choose_device", lambda requested, world, option: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10 << 30)
+    assert machine.device_with_room("auto", 4 << 30) == gpu
+    assert machine.device_with_room("auto", 5 << 30).type == "cpu"
+    assert "--device auto: using the CPU; the model's weights take 10.0 GiB, and 10.0 GiB" in capfd.readouterr().err
+    with pytest.raises(UserError, match="^--device cuda: the model's weights take 10.0 GiB.*; use --device cpu$"):
+        machine.device_with_room("cuda", 5 << 30)
 
 
 def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):
@@ -104,3 +172,66 @@ def test_freed_memory_is_kept():
     if faults[0] < 1000:
         pytest.skip(f"this allocator keeps its pages anyway ({faults[0]} faults)")
     assert faults[1] < faults[0] / 4
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A PATH with nothing but what a test puts there; CC is not set."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as if triton were installed
+
+    def install(name):
+        (tmp_path / name).touch(0o755)
+
+    return install
+
+
+def test_the_c_compiler_is_the_one_that_triton_runs(tools, monkeypatch):
+    assert machine.c_compiler() is None
+    tools("cc")  # which Triton does not look for
+    assert machine.c_compiler() is None
+    tools("clang")
+    assert machine.c_compiler() == "clang"
+    tools("gcc")
+    assert machine.c_compiler() == "gcc"
+    monkeypatch.setenv("CC", "icx")
+    assert machine.c_compiler() is None
+    tools("icx")
+    assert machine.c_compiler() == "icx"
+
+
+def test_a_gpu_without_a_c_compiler_trains_without_triton_and_says_so(tools, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert machine.without_flex(gpu) == (
+        "data.mask_documents=true: Triton compiles FlexAttention and needs a C compiler (gcc or clang, or CC=); "
+        "a slower attention is used"
+    )
+    loss, line = machine.choose_loss(True, gpu)
+    assert loss is None and "train.liger=true: Triton compiles its kernels and needs a C compiler" in line
+    with pytest.raises(ConfigError, match="train.compile=true: Triton needs a C compiler.*set train.compile=false"):
+        machine.check_compiler(gpu)
+    tools("gcc")
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "/no/headers"})
+    assert "needs /no/headers/Python.h" in machine.without_flex(gpu)
+    monkeypatch.setattr("os.path.exists", lambda path: True)
+    assert machine.without_flex(gpu) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # where there is no FlexAttention
+    assert machine.without_flex(gpu) is None
+    assert machine.without_flex(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("lacks, kind", [(None, "Flex"), ("a C compiler", "Groups")])
+def test_attention_over_documents_needs_no_triton(monkeypatch, lacks, kind):
+    monkeypatch.setattr(segments, "flex_supported", lambda device: True)
+    monkeypatch.setattr(segments, "triton_lacks", lambda: lacks)
+    monkeypatch.setattr(segments, "Flex", lambda starts: "Flex")
+    monkeypatch.setattr(segments, "Groups", lambda starts, device: "Groups")
+    segments.flex_available.cache_clear()
+    try:
+        starts = torch.ones(1, 4, dtype=torch.bool)
+        assert segments.segmented(starts, torch.ones(1, 4, 8), dropout=False) == kind
+        assert segments.segmented(starts, torch.ones(1, 4, 8), dropout=True) == "Groups"
+    finally:
+        segments.flex_available.cache_clear()

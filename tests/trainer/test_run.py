@@ -152,7 +152,7 @@ def test_a_checkpoint_half_written_is_passed_over(corpus_dir, plain, tmp_path):
         (["data.vocab_size=400"], "data.vocab_size"),
         (["data.dir=nowhere"], "data.prepare"),
         (["parallel.shard=3"], "parallel.shard=3: 1 processes"),
-        (["run.device=cuda"], "run.device=cuda: 1 processes here, but 0 CUDA devices"),
+        (["run.device=cuda"], "run.device=cuda: 1 process on this machine, 0 CUDA devices"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(corpus_dir, plain, tmp_path, words, message):

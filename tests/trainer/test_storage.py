@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from trainer import blocks, storage
 from trainer.blocks import PAGE, Damaged
+from trainer.start import not_locked
 
 DTYPES = list(storage.DTYPES.values())
 
@@ -129,3 +130,36 @@ def test_what_changes_after_the_end_of_the_copy_is_not_in_it(tmp_path):
             blocks.write(tmp_path / "f", plan.size, image.block)
             for i, key in enumerate(tensors):
                 assert bool((load_file(tmp_path / "f")[key] == i + number).all())
+
+
+class RefusesToLock:
+    """What torch.cuda.cudart() returns, on a machine that page-locks at most 100 bytes."""
+
+    class cudaError(int):
+        success = 0
+
+    @staticmethod
+    def cudaHostRegister(address: int, size: int, flags: int) -> int:
+        return 0 if size <= 100 else 304
+
+    @staticmethod
+    def cudaGetErrorString(code: int) -> str:
+        return "OS call failed or operation not supported on this OS"
+
+
+def test_memory_that_cannot_be_page_locked_is_reported_and_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: RefusesToLock)
+    monkeypatch.setattr(torch.cuda, "_cudart", RefusesToLock)
+    kernels = []  # the first kernel after a failure raises it
+
+    def first_kernel(size, device):
+        kernels.append(device)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch, "ones", first_kernel)
+    cpu = torch.device("cpu")
+    assert storage.lock_pages(torch.empty(100, dtype=torch.uint8), cpu) is None and not kernels
+    why = storage.lock_pages(torch.empty(101, dtype=torch.uint8), cpu)
+    assert why == "OS call failed or operation not supported on this OS (304)" and kernels == [cpu]
+    assert not_locked([None, None]) is None
+    assert "the staging memory of 1 of 2 ranks could not be page-locked (OS call failed" in not_locked([None, why])

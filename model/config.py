@@ -106,3 +106,37 @@ class ModelConfig(BaseModel):
             + moe * (self.n_experts * self.dim * (2 if self.noisy_top_k else 1) + (expert if self.shared_expert else 0))
         )
         return common + moe * self.n_experts * expert, common + moe * self.top_k * expert
+
+    def flops_per_token(self, vocab_size: int, length: int) -> float:
+        """Floating-point operations that training one token of a row of `length` tokens takes, forward and backward.
+
+        A multiplication and an addition count as two, and the backward takes twice the forward, so that each product
+        of a token with a matrix of n weights counts 6 n. Of the forward, in letters of the settings above:
+
+            attention projections   2 D head_dim (2 H + 2 KV) a layer
+            attention scores        4 H head_dim keys a layer: queries with keys, then weights with values
+            router                  2 D E an MoE layer, twice that with noisy_top_k
+            experts                 6 D F (K + shared) an MoE layer
+            dense feed-forward      6 D F a dense layer
+            head                    2 D V
+
+        keys is the average number of keys that a query sees (`average_keys`). Not counted: the embedding, which is a
+        lookup; norms, activations and the loss, which are no matrix products; whatever is computed a second time
+        (train.recompute, the extra forward of aux_loss_weight, fused attention's own backward); and that
+        data.mask_documents hides keys.
+        """
+        moe = len(self.moe_layers)
+        projections = 2 * self.dim * self.head * (2 * self.n_heads + 2 * self.kv_heads)
+        scores = sum(4 * self.n_heads * self.head * self.average_keys(i, length) for i in range(self.n_layers))
+        router = 2 * self.dim * self.n_experts * (2 if self.noisy_top_k else 1)
+        experts = 6 * self.dim * self.expert_dim * (self.top_k + int(self.shared_expert))
+        dense = 6 * self.dim * self.ffn_dim
+        head = 2 * self.dim * vocab_size
+        forward = self.n_layers * projections + scores + moe * (router + experts) + (self.n_layers - moe) * dense + head
+        return 3 * forward
+
+    def average_keys(self, layer: int, length: int) -> float:
+        """Keys that a query of block `layer` (from 0) sees, itself among them: the mean over a row of `length`."""
+        chunk = min(self.attention_chunk or length, length) if self.uses_rope(layer) else length
+        chunks, rest = divmod(length, chunk)
+        return (chunks * chunk * (chunk + 1) + rest * (rest + 1)) / 2 / length

@@ -170,7 +170,7 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
             run.step,
             {
                 "tokens": run.tokens, **result.fields, "tokens_per_second": batch.real_tokens / seconds,
-                "step_seconds": seconds, "data_seconds": waited,
+                "step_seconds": seconds, "data_seconds": waited, **device_fields(run, batch.real_tokens / seconds),
             },
         )  # fmt: skip
         if result.ready:
@@ -194,6 +194,16 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
             saver.save(run.step, state_of(run), wait=run.step == last)
             save_due = False
         started = time.perf_counter()
+
+
+def device_fields(run: Run, tokens_per_second: float) -> dict[str, float]:
+    """How a step used each device: TFLOP/s of the model, their part of the device's peak (MFU), and memory."""
+    config = run.config
+    flops = config.model.flops_per_token(run.tokenizer.vocab_size, config.data.seq_len)
+    rate = flops * tokens_per_second / run.world.size
+    peak = machine.peak_flops(run.device, run.dtype)
+    mfu = {} if peak is None else {"mfu": rate / peak}
+    return {"tflops": rate / 1e12, **mfu, **machine.memory_used(run.device)}
 
 
 def make_up(run: Run) -> None:

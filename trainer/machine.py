@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import re
+import resource
 import shutil
 import time
 import warnings
@@ -20,6 +21,35 @@ from model.segments import c_compiler as c_compiler
 from model.segments import flex_supported, triton_lacks
 from parallel.mesh import World
 from trainer import faults
+
+# What the data sheets and architecture papers of NVIDIA give for dense products with sums in fp32, without sparsity, in
+# TFLOP/s of (bf16, fp16); None where a card has no tensor cores for it. A pattern has to match all that follows the
+# maker in torch.cuda.get_device_name(): variants of a card, such as those of laptops, have other peaks.
+PEAK_TFLOPS: dict[str, tuple[float | None, float | None]] = {
+    r"GB200": (2500, 2500),
+    r"B200": (2250, 2250),
+    r"(H100|H800) \d+GB HBM3|H800|H200|GH200 \d+GB": (989.4, 989.4),
+    r"(H100|H200) NVL": (835.5, 835.5),
+    r"(H100|H800) PCIe": (756.5, 756.5),
+    r"H20": (148, 148),
+    r"(A100|A800)-(SXM4|PCIE)-\d+GB|(A100|A800) 80GB PCIe": (312, 312),
+    r"A30": (165, 165),
+    r"A40": (149.7, 149.7),
+    r"A10": (125, 125),
+    r"A10G": (70, 70),
+    r"L40S": (362, 362),
+    r"L40": (181, 181),
+    r"L4": (121, 121),
+    r"T4": (None, 65),
+    r"V100-SXM2-\d+GB": (None, 125),
+    r"V100-PCIE-\d+GB": (None, 112),
+    r"GeForce RTX 5090": (209.5, 209.5),
+    r"GeForce RTX 4090": (165.2, 165.2),
+    r"GeForce RTX 3090 Ti": (80, 80),
+    r"GeForce RTX 3090": (71, 71),
+    r"RTX 6000 Ada Generation": (364.2, 364.2),
+    r"RTX A6000": (154.8, 154.8),
+}
 
 
 def choose_device(requested: str, world: World, option: str = "run.device=") -> torch.device:
@@ -240,6 +270,47 @@ def _parents_environment() -> dict[str, str]:
     except OSError:
         return {}
     return dict(item.partition("=")[::2] for item in raw.split("\0") if "=" in item)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the data sheet of this device promises in `dtype`; None where it is not known, as on a CPU."""
+    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+@functools.cache
+def peak_of(name: str, dtype: torch.dtype) -> float | None:
+    """The same for a name of torch.cuda.get_device_name(). fp32 is not in the table: torch may use TF32 or not."""
+    card = re.sub(r"^(NVIDIA|Tesla) ", "", name)
+    for pattern, (bf16, fp16) in PEAK_TFLOPS.items():
+        if re.fullmatch(pattern, card):
+            peak = {torch.bfloat16: bf16, torch.float16: fp16}.get(dtype)
+            return None if peak is None else peak * 1e12
+    return None
+
+
+def memory_used(device: torch.device) -> dict[str, float]:
+    """Fields of metrics.jsonl, in GiB, without a wait for the device.
+
+    On CUDA the most that torch's allocator handed out, and held of the device, since the last call; on a CPU the most
+    that this process ever had in memory.
+    """
+    if device.type != "cuda":
+        return {"memory_gib": peak_resident() / 2**30}
+    # one call, as those for a single number collect all of them, too
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    peaks = {"memory_gib": "allocated_bytes", "memory_reserved_gib": "reserved_bytes"}
+    return {field: stats[name]["all"]["peak"] / 2**30 for field, name in peaks.items()}
+
+
+def peak_resident() -> int:
+    """Bytes, of this process."""
+    try:  # where there is a /proc: getrusage also counts what the parent had when it started this process
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def be_deterministic() -> None:

@@ -151,7 +151,7 @@ class Reporter:
         self.write("train", step, **fields)
         if not self.speaks:
             return
-        text = f"loss {fields['loss']:.3f}, {fields['tokens_per_second']:,.0f} tokens/s"
+        text = f"loss {fields['loss']:.3f}, {fields['tokens_per_second']:,.0f} tokens/s{_on_gpu(fields)}"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._shown(lambda: self._bar and self._bar.update(step - self._bar.n))
@@ -167,6 +167,14 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+
+
+def _on_gpu(fields: dict[str, Any]) -> str:
+    """How much of a GPU a step used, for the terminal; nothing on a CPU."""
+    if "memory_reserved_gib" not in fields:
+        return ""
+    speed = f"{fields['mfu']:.0%} MFU" if "mfu" in fields else f"{fields['tflops']:.1f} TFLOP/s"
+    return f", {speed}, {fields['memory_gib']:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

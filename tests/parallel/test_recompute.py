@@ -8,7 +8,7 @@ from model.attention import Places
 from model.config import ModelConfig
 from model.random import sequence_keys
 from parallel import fsdp
-from trainer.dryrun import kept_numbers
+from trainer.memory import kept_numbers
 
 CPU, ROWS, LENGTH = torch.device("cpu"), 4, 32
 SHAPE = dict(dim=16, n_heads=2, expert_dim=64, ffn_dim=64, n_experts=4, n_layers=2, max_seq_len=LENGTH, moe_every=2)

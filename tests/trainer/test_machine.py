@@ -116,6 +116,44 @@ def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path,
         cases.run(corpus_dir, tmp_path, "run.name=c", "train.compile=true")
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4, 989.4),
+        ("NVIDIA H100 PCIe", 756.5, 756.5),
+        ("NVIDIA H100 NVL", 835.5, 835.5),
+        ("NVIDIA H200", 989.4, 989.4),
+        ("NVIDIA B200", 2250, 2250),
+        ("NVIDIA A100-SXM4-40GB", 312, 312),
+        ("NVIDIA A100-PCIE-40GB", 312, 312),
+        ("NVIDIA A100 80GB PCIe", 312, 312),
+        ("NVIDIA A10", 125, 125),
+        ("NVIDIA A10G", 70, 70),
+        ("NVIDIA L4", 121, 121),
+        ("NVIDIA L40S", 362, 362),
+        ("Tesla T4", None, 65),
+        ("Tesla V100-SXM2-16GB", None, 125),
+        ("NVIDIA GeForce RTX 3090", 71, 71),
+        ("NVIDIA GeForce RTX 4090", 165.2, 165.2),
+        ("NVIDIA GeForce RTX 5090", 209.5, 209.5),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),  # a smaller chip
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),  # a part of one
+        ("AMD Instinct MI300X", None, None),
+    ],
+)
+def test_peaks_by_the_name_of_a_card(name, bf16, fp16):
+    for dtype, tflops in ((torch.bfloat16, bf16), (torch.float16, fp16), (torch.float32, None)):
+        assert machine.peak_of(name, dtype) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_a_cpu_reports_its_peak_of_memory_and_no_peak_of_speed():
+    cpu = torch.device("cpu")
+    assert machine.peak_flops(cpu, torch.bfloat16) is None
+    before = machine.memory_used(cpu)["memory_gib"]
+    large = torch.ones(1 << 28)  # 1 GiB, which the process had not before
+    assert machine.memory_used(cpu)["memory_gib"] > max(1.0, before) and large.numel()
+
+
 EVERYTHING = ["data.mask_documents=true", "model.attention_chunk=20", "model.attention_dropout=0.1"]
 EVERYTHING += ["model.dropout=0.1", "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01"]
 EVERYTHING += ["train.recompute=full"]

@@ -79,6 +79,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, name):
     assert result.returncode == 0, result.stderr
     for word in ("max_lr:", "mesh", "parameters", "memory", "filler rows", "steps", "tokens"):
         assert word in result.stdout
+    for word in ("TFLOP a step", "optimizer state", "activations"):
+        assert word in result.stdout
     if name == "scout":
         assert "1,276," in result.stdout  # about 1.2 billion parameters
         assert "262,144 tokens: 2 micro-batches of 16 rows a rank, 0 filler rows" in result.stdout

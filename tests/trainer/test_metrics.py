@@ -40,6 +40,19 @@ def test_lines_without_a_terminal(tmp_path, capsys):
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 6
 
 
+@pytest.mark.parametrize(
+    ("speed", "shown"), [({"tflops": 306.7, "mfu": 0.31}, "31% MFU"), ({"tflops": 12.34}, "12.3 TFLOP/s")]
+)
+def test_a_line_of_a_run_on_a_gpu_shows_speed_and_memory(tmp_path, capsys, speed, shown):
+    report = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", speaks=True)
+    report.start(0, 5, {})
+    report.train(1, {**STEP, **speed, "memory_gib": 28.54, "memory_reserved_gib": 30.1})
+    report.train(2, {**STEP, "tflops": 0.01, "memory_gib": 0.4})
+    on_gpu, on_cpu = capsys.readouterr().out.splitlines()
+    assert on_gpu == f"step 1/5: loss 1.500, 1,234 tokens/s, {shown}, 28.5 GiB, lr 1.00e-03, 0:08 left"
+    assert on_cpu == "step 2/5: loss 1.500, 1,234 tokens/s, lr 1.00e-03, 0:06 left"
+
+
 def test_a_quiet_rank_writes_and_says_nothing(tmp_path, capsys):
     report = Reporter(tmp_path, LogConfig(), "r", speaks=False)
     report.start(0, 5, {})

@@ -43,7 +43,12 @@ def test_the_loss_falls_and_is_written(plain):
     line = read_lines(plain / "metrics.jsonl")[5]
     for key in ("kind", "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "expert_load_max"):
         assert key in line
-    tokens = [x["tokens"] for x in read_lines(plain / "metrics.jsonl") if x["kind"] == "train"]
+    # a CPU has no peak that MFU could be a part of, and no allocator that reserves
+    assert line["tflops"] > 0 and line["memory_gib"] > 0.1 and not {"mfu", "memory_reserved_gib"} & line.keys()
+    lines = [x for x in read_lines(plain / "metrics.jsonl") if x["kind"] == "train"]
+    each = {1e12 * x["tflops"] / x["tokens_per_second"] for x in lines}  # operations a token, the same in each step
+    assert max(each) == pytest.approx(min(each))
+    tokens = [x["tokens"] for x in lines]
     assert 6 * 32 * 20 * 0.95 < tokens[-1] <= 6 * 32 * 20
 
 

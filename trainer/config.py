@@ -50,8 +50,9 @@ class TrainConfig(Section):
     reduce: Literal["once", "every"] = Field(
         "once", description="reduce gradients once a step, or at every micro-batch (slower, less memory)"
     )
-    compile: bool = Field(
-        False, description="torch.compile of parts, in training; pays on a GPU, and wants a C++ compiler on a CPU"
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile of parts, in training: auto | true | false; auto: on CUDA, where there is a compiler",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="run parts of the forward again in the backward, for less memory: none | selective | full"

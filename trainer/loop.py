@@ -91,8 +91,7 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
     if config.run.deterministic:
         machine.be_deterministic()
     device = machine.choose_device(config.run.device, world)
-    if config.train.compile:
-        machine.check_compiler(device)
+    machine.choose_compile(config.train.compile, device)  # raises before there is anything to undo
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
     watch.mark("connecting")

@@ -240,15 +240,33 @@ def without_flex(device: torch.device) -> str | None:
     return f"data.mask_documents=true: Triton compiles FlexAttention and needs {lacks}; a slower attention is used"
 
 
+def choose_compile(requested: bool | str, device: torch.device) -> tuple[bool, str | None]:
+    """Whether parts are compiled, and a line where `auto` would compile them and cannot. Raises ConfigError."""
+    if requested != "auto":
+        if requested:
+            check_compiler(device)
+        return bool(requested), None
+    if device.type != "cuda":  # at the sizes that a CPU trains, compiled parts are no faster
+        return False, None
+    if lacks := compiler_lacks(device):
+        return False, f"train.compile=auto: {lacks}; training uncompiled, which is slower"
+    return True, None
+
+
 def check_compiler(device: torch.device) -> None:
-    """Raises ConfigError where torch.compile would find no compiler: C++ on any device, C for Triton on a GPU."""
+    """Raises ConfigError where torch.compile would find no compiler."""
+    if lacks := compiler_lacks(device):
+        raise ConfigError(f"train.compile=true: {lacks}; install it, or set train.compile=false")
+
+
+def compiler_lacks(device: torch.device) -> str | None:
+    """What torch.compile needs and does not find: a C++ compiler on any device, a C compiler for Triton on a GPU."""
     if device.type == "cuda" and (lacks := triton_lacks()):
-        raise ConfigError(f"train.compile=true: Triton needs {lacks}; install it, or set train.compile=false")
+        return f"Triton needs {lacks}"
     name = os.environ.get("CXX") or ("clang++" if platform.system() == "Darwin" else "g++")
     if shutil.which(name) is None:
-        raise ConfigError(
-            f"train.compile=true: wants a C++ compiler, and there is no {name}; install it, or name another by CXX="
-        )
+        return f"torch.compile needs a C++ compiler, and there is no {name} (CXX= names another)"
+    return None
 
 
 def set_threads(wish: int | str, world: World) -> int:

@@ -207,7 +207,7 @@ def build(
     layout = mesh.make_mesh(degrees(config, world), device)
     model = fsdp.build(
         config.model, vocab_size, config.train.seed, device, dtype, layout, config.parallel.overlap,
-        config.train.recompute, config.train.compile,
+        config.train.recompute, machine.choose_compile(config.train.compile, device)[0],
     )  # fmt: skip
     return model, dtype
 
@@ -239,8 +239,9 @@ def begin(
         run.report.say(note)
     loss, without = machine.choose_loss(config.train.liger, run.device)
     run.model.head.loss = loss or run.model.head.loss
-    if without:
-        run.report.say(without)
+    for line in (without, machine.choose_compile(config.train.compile, run.device)[1]):
+        if line:
+            run.report.say(line)
     if config.data.mask_documents and not config.model.attention_dropout and (line := machine.without_flex(run.device)):
         run.report.say(line)
     if advice := mesh.advice(run.world, config.model, run.degrees):

@@ -142,7 +142,7 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
         d = degrees(c, world)
         model = fsdp.build(
             c.model, tokenizer.vocab_size, c.train.seed, cpu, compute, mesh.make_mesh(d, cpu), c.parallel.overlap,
-            c.train.recompute, c.train.compile,
+            c.train.recompute, c.train.compile is True,
         )  # fmt: skip
         quiet = Reporter(Path("none"), c.log, "none", False)
         run = Run(

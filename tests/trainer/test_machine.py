@@ -112,7 +112,7 @@ def test_a_model_that_does_not_fit_the_gpu_goes_to_the_cpu_or_is_refused(monkeyp
 
 def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="^train.compile=true: wants a C.. compiler, and there is no no-such"):
+    with pytest.raises(ConfigError, match="^train.compile=true: torch.compile needs a C.. compiler, and there is no no-such"):
         cases.run(corpus_dir, tmp_path, "run.name=c", "train.compile=true")
 
 
@@ -249,12 +249,19 @@ def test_a_gpu_without_a_c_compiler_trains_without_triton_and_says_so(tools, mon
     loss, line = machine.choose_loss(True, gpu)
     assert loss is None and "train.liger=true: Triton compiles its kernels and needs a C compiler" in line
     with pytest.raises(ConfigError, match="train.compile=true: Triton needs a C compiler.*set train.compile=false"):
-        machine.check_compiler(gpu)
+        machine.choose_compile(True, gpu)
+    assert machine.choose_compile("auto", gpu) == (
+        False,
+        "train.compile=auto: Triton needs a C compiler (gcc or clang, or CC=); training uncompiled, which is slower",
+    )
+    assert machine.choose_compile(False, gpu) == machine.choose_compile("auto", torch.device("cpu")) == (False, None)
     tools("gcc")
     monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": "/no/headers"})
     assert "needs /no/headers/Python.h" in machine.without_flex(gpu)
     monkeypatch.setattr("os.path.exists", lambda path: True)
     assert machine.without_flex(gpu) is None
+    tools("g++")
+    assert machine.choose_compile("auto", gpu) == (True, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # where there is no FlexAttention
     assert machine.without_flex(gpu) is None
     assert machine.without_flex(torch.device("cpu")) is None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.config import UserError, help_text
-from trainer import faults
+from trainer import environment, faults
 from trainer.config import SECTION_TYPES, read_config
 
 VERSION = "0.1.0"
@@ -58,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(command: Callable[[], int]) -> int:
     """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130.
 
-    What another rank ended with is one line too. torchrun is kept from trying a mistake again.
+    What another rank ended with is one line too. torchrun is kept from trying a mistake again. To be called before
+    torch is imported, which reads the environment that is set here.
     """
+    environment.set_defaults()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
     try:
         return command()

@@ -1,6 +1,8 @@
 """The grouped product of the experts against a loop in fp64: groups without rows, no rows at all, rows beyond the last
 group, memory full of NaN."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def cases(on_gpu: bool) -> dict[str, Case]:
 
 def run(check: Check) -> None:
     for name, case in cases(check.on_gpu).items():
-        check.case(name, lambda name=name, case=case: _check(check, name, case))  # type: ignore[misc]
+        check.case(name, partial(_check, check, name, case))
 
 
 def _check(check: Check, name: str, case: Case) -> None:

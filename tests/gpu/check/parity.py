@@ -4,6 +4,7 @@ The initial weights and the dropout masks are the same on both, so what differs 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ VARIANTS = {
 
 def run(check: Check) -> None:
     for name in CASES:
-        check.case(name, lambda name=name: check_case(check, name), seconds=5)  # type: ignore[misc]
+        check.case(name, partial(check_case, check, name), seconds=5)
 
 
 def check_case(check: Check, name: str, dtypes: Sequence[torch.dtype] = tuple(LIMITS)) -> None:
@@ -87,9 +88,7 @@ def check_case(check: Check, name: str, dtypes: Sequence[torch.dtype] = tuple(LI
         for label, variant in VARIANTS.items():
             if variant.compiled and not check.on_gpu:
                 continue  # compiled for a CPU it takes a minute, and tests/parallel has it
-            check.case(
-                f"{name}, {label}", lambda v=variant, label=label: _check_variant(check, name, label, v, plain)  # type: ignore[misc]
-            )  # fmt: skip
+            check.case(f"{name}, {label}", partial(_check_variant, check, name, label, variant, plain))
 
 
 def _check_variant(check: Check, name: str, label: str, variant: Variant, plain: StepNumbers) -> None:

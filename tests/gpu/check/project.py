@@ -23,9 +23,11 @@ from model.moe import grouped_product
 from model.random import dropout, fold, normal, random_bytes, sequence_keys
 from model.transformer import Transformer
 from parallel import fsdp
+from parallel import gradients as reduction
 from parallel import mesh as meshes
 from parallel.mesh import Degrees, Mesh, World
 from trainer import machine
+from trainer import main as trainer_main
 from trainer.config import Config, read_config
 from trainer.optimizer import make_optimizer
 
@@ -142,6 +144,37 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def reduce_now(model: Transformer, now: bool) -> None:
     """Whether the next backward reduces its gradients over the ranks."""
     fsdp.reduce_gradients(model, now)
+
+
+def finish_step(
+    model: Transformer, optimizer: torch.optim.Optimizer, config: Config, loss: Tensor
+) -> tuple[float, float]:
+    """What follows the backward: one message for loss and norm, the clip, the optimizer.
+
+    `loss` is the sum of this rank's mean losses of its micro-batches. Returns the mean over all ranks and the norm.
+    """
+    parts = reduction.local_gradients(model)
+    square = reduction.sum_of_squares(parts, config.parallel.replicate)
+    total_square, total_loss, ranks = reduction.sum_over_ranks(
+        square.to(loss.device), loss, torch.ones((), dtype=torch.float64, device=loss.device)
+    )
+    norm = float(total_square) ** 0.5
+    reduction.scale(parts, min(1.0, config.train.clip / (norm + 1e-6)))
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(total_loss / ranks), norm
+
+
+def largest_over_ranks(value: float, device: torch.device) -> float:
+    number = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return float(number)
+
+
+def train(words: Sequence[str]) -> int:
+    """trainer.main in this process. Returns its exit code."""
+    return trainer_main.main(words)
 
 
 @contextmanager

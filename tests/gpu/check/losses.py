@@ -1,5 +1,6 @@
 """The built-in loss and Liger's against the full logits in fp64: value, gradients, time."""
 
+import math
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from tests.gpu.check.runner import Check
 # which averages out in a sum over thousands of tokens. Gradients are rounded to bf16 twice, as probabilities and as
 # results; errors of a softmax's 2^-9 times its logits come on top.
 LIMITS: dict[str, Limit] = {"loss": at_most(1e-3), "to_hidden": at_most(0.02), "to_weight": at_most(0.02)}
+ABOVE_A_GUESS = (0.0, 1.0)  # of the reference's loss a token over log(vocabulary): logits are random and small
 DOWNSTREAM = 1e-3  # what the loss is multiplied by, as by one over the number of tokens in training
 
 
@@ -47,9 +49,12 @@ def _check(
         "loss": relative_change(float(value), float(expected[0])),
         "to_hidden": relative(to_hidden, expected[1]),
         "to_weight": relative(to_weight, expected[2]),
+        "reference": float(expected[0]) / int((inputs[2] != project.IGNORE).sum()),
         "ms": milliseconds(lambda: _results(loss, *inputs), check.device, 5),
     }
-    check.report.check(name, LIMITS, **figures)
+    guess = math.log(inputs[1].shape[0])
+    low, high = ABOVE_A_GUESS
+    check.report.check(name, {**LIMITS, "reference": (guess + low, guess + high)}, **figures)
 
 
 def _results(loss: project.Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

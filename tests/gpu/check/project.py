@@ -236,17 +236,24 @@ class CommandResult:
     @property
     def tail(self) -> str:
         """The last words of a command that failed, for a report."""
-        return "" if self.code == 0 else self.stderr.strip()[-400:]
+        return "" if self.code == 0 else " ".join(self.stderr.strip()[-400:].splitlines()[-2:])
 
 
 def command(module: str, *words: str, log: Path, timeout: float) -> CommandResult:
-    """`python -m module words`; its output goes to `log` too. Raises subprocess.TimeoutExpired."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    """`python -m module words`; its output goes to `log`, too. One that takes longer than `timeout` is killed."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
-    log.write_text(f"{done.stdout}\n{done.stderr}", encoding="utf-8")
-    return CommandResult(done.returncode, done.stdout, done.stderr)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        stdout, stderr = process.communicate()
+        stderr += f"\nkilled after {timeout:.0f} s"
+    log.write_text(f"{stdout}\n{stderr}", encoding="utf-8")
+    return CommandResult(process.returncode, stdout, stderr)
 
 
 def metrics(run: Path, kind: str) -> list[dict[str, Any]]:

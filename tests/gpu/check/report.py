@@ -39,8 +39,8 @@ class Record:
     def line(self) -> str:
         """The record for the terminal, in one line."""
         text = ", ".join(f"{name} {shown(value)}" for name, value in self.figures.items())
-        why = self.why.strip().splitlines()[-1:] if self.verdict in (FAILED, SKIPPED) else []
-        return f"{self.at:5.0f} s  {self.part}: {self.case or 'all'}: {self.verdict}: {'; '.join([*why, text])}"
+        words = "; ".join(filter(None, [last_line(self.why), text]))
+        return f"{self.at:5.0f} s  {self.part}: {self.case or 'all'}: {self.verdict}: {words}"
 
 
 def judge(figures: Mapping[str, Any], limits: Mapping[str, Limit]) -> str:
@@ -117,14 +117,20 @@ def part_verdict(records: Iterable[Record]) -> tuple[str, str]:
         return FAILED, "recorded nothing"
     if failed:
         first = failed[0]
-        last_line = (first.why.strip().splitlines() or ["no reason given"])[-1]
+        why = last_line(first.why)
         count = f"{len(failed)} of {len(records)} cases: " if len(records) > 1 else ""
-        return FAILED, f"{count}{first.case}: {last_line}" if first.case else f"{count}{last_line}"
+        return FAILED, f"{count}{first.case}: {why}" if first.case else f"{count}{why}"
     if len(skipped) == len(records):
         return SKIPPED, skipped[0].why
     left_out = f", {len(skipped)} skipped ({skipped[0].case}: {skipped[0].why})" if skipped else ""
     done = len(records) - len(skipped)
     return OK, f"{done} case{'s' if done > 1 else ''}{left_out}"
+
+
+def last_line(text: str) -> str:
+    """What a traceback comes down to, cut to the width of a table."""
+    line = (text.strip().splitlines() or [""])[-1]
+    return line if len(line) <= 160 else line[:157] + "..."
 
 
 def exit_code(records: Iterable[Record], parts: Iterable[str]) -> int:

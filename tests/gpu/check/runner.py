@@ -84,6 +84,11 @@ class Part:
     seconds: int  # what it takes on one H100, roughly
     on_cpu: bool = True  # whether --device cpu can run it
 
+    @property
+    def limit(self) -> float:
+        """Seconds after which it hangs: a machine that is slower or busy has three times as long, and a minute."""
+        return 60 + 3 * self.seconds
+
 
 def run_parts(parts: Sequence[Part], options: Options) -> None:
     """Run the parts in this order; what comes of them is in `options.results`."""
@@ -100,7 +105,7 @@ def run_parts(parts: Sequence[Part], options: Options) -> None:
                 report.skip("", f"no time left: {why}; see --budget and --part")
             else:
                 process = context.Process(target=_run_part, args=(part, options, report))
-                run_alone(process, min(left, 30 + 3 * part.seconds), report)
+                run_alone(process, min(left, part.limit), report)
     finally:
         shutil.rmtree(options.scratch, ignore_errors=True)
 

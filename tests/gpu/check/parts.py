@@ -25,9 +25,10 @@ PARTS = {
         Part("nccl", nccl.run, "FSDP2, the exchange and recomputation on NCCL with one rank", 30),
         Part("losses", losses.run, "the built-in loss and Liger's against fp64", 20),
         Part("runs", runs.run, "train, resume, evaluate, generate, and the same twice", 120),
-        Part("speed", speed.run, "launch/scout.yaml in variants: time, MFU, memory, kernels", 130, on_cpu=False),
+        Part("speed", speed.run, "launch/scout.yaml in variants: time, MFU, memory", 110, on_cpu=False),
         Part("attention_plans", attention_plans.run, "what cuDNN's attention costs a new shape", 25, on_cpu=False),
         Part("memory", memory.run, "the peak of a run against --dry-run", 40, on_cpu=False),
+        Part("kernels", speed.run_kernels, "the same by kernel: busy time, and tables in files", 50, on_cpu=False),
         Part("ranks", ranks.run, "launch/scout.yaml on several GPUs, by degrees of expert parallelism", 180),
     )
 }

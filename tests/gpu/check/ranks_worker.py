@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.gpu.check import project
 from tests.gpu.check.compare import synchronize
 from tests.gpu.check.machine import peak_flops
+from tests.gpu.check.speed import kernel_figures
 
 WARM_UP, STEPS, MICRO_BATCHES = 2, 3, 4
 
@@ -33,10 +34,14 @@ def main(out: str, config_path: str, *words: str) -> int:
             seconds.append(time.perf_counter() - start)
         figures = _figures(config, world.size, min(seconds[WARM_UP:]), device)
         figures |= {"losses": [loss for loss, _ in results], "norm": results[0][1]}
-        if device.type == "cuda":
-            figures |= _messages(lambda: _step(model, optimizer, config, 0, world.rank, device), device)
-        if world.rank == 0:
+        if world.rank == 0:  # before the profiler, which may crash
             Path(out).write_text(json.dumps(figures))
+        if device.type == "cuda":
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                _step(model, optimizer, config, 0, world.rank, device)
+                synchronize(device)
+            if world.rank == 0:
+                Path(out).write_text(json.dumps(figures | kernel_figures(profiler.key_averages())))
     return 0
 
 
@@ -78,22 +83,6 @@ def _figures(config: project.Config, ranks: int, seconds: float, device: torch.d
     if device.type == "cuda":
         figures["peak_gib"] = project.largest_over_ranks(torch.cuda.max_memory_allocated() / 2**30, device)
     return figures
-
-
-def _messages(step: Any, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a step in which rank 0's GPU has a kernel of NCCL: the exchange, and the rest. They include
-    waiting for other ranks, and overlap with computing."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        synchronize(device)
-    exchange = rest = 0.0
-    for event in profiler.key_averages():
-        if "nccl" in event.key.lower() and event.device_type == torch.autograd.DeviceType.CUDA:
-            if "sendrecv" in event.key.lower():
-                exchange += event.self_device_time_total / 1e3
-            else:
-                rest += event.self_device_time_total / 1e3
-    return {"exchange_ms": exchange, "other_nccl_ms": rest}
 
 
 if __name__ == "__main__":

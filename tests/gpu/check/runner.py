@@ -4,6 +4,7 @@ A part that raises, crashes, loses its CUDA context or hangs is recorded as fail
 context. Processes are forked from a server that has imported torch and never used CUDA, so that a start takes a second.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -131,6 +132,7 @@ def run_alone(process: multiprocessing.process.BaseProcess, limit: float, report
 
 def _run_part(part: Part, options: Options, report: Report) -> None:
     os.setsid()  # a group of its own, which can be killed as a whole
+    faulthandler.enable()  # a crash shows where it was
     options.scratch.mkdir(parents=True, exist_ok=True)
     try:
         part.run(Check(options, report, options.ends))

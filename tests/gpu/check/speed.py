@@ -3,13 +3,14 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tests.gpu.check import project
@@ -40,8 +41,18 @@ VARIANTS = {
 
 
 def run(check: Check) -> None:
+    """The part `speed`."""
+    _each_variant(check, _measure)
+
+
+def run_kernels(check: Check) -> None:
+    """The part `kernels`: apart from `speed`, since a profiler that crashes must not take the figures with it."""
+    _each_variant(check, _profile)
+
+
+def _each_variant(check: Check, run: Callable[[Check, str, Variant], None]) -> None:
     for name, variant in VARIANTS.items():
-        check.case(name, partial(_measure, check, name, variant), seconds=CASE_S)
+        check.case(name, partial(run, check, name, variant), seconds=CASE_S)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -54,7 +65,6 @@ def _measure(check: Check, name: str, variant: Variant) -> None:
         loss = [float(step()) for _ in range(WARM_UP)][-1]
         host, wall = _host_and_wall(step, check.device)
         optimizer_s = _seconds(optimizer_step, check.device)
-        figures = profiled(step, check, f"kernels-{name.replace(', ', '-').replace(' ', '-')}.txt")
     rows, vocab_size = config.train.micro_batch_size, config.data.vocab_size
     peak = peak_flops(check.device)
     check.report.check(
@@ -62,7 +72,7 @@ def _measure(check: Check, name: str, variant: Variant) -> None:
         name, {"loss": (math.log(vocab_size) - 0.5, math.log(vocab_size) + 2)},
         tokens_per_second=rows * config.data.seq_len / wall,
         mfu=project.flops(config, vocab_size, rows) / wall / peak if peak else None,
-        wall_ms=1e3 * wall, host_ms=1e3 * host, **figures, optimizer_ms=1e3 * optimizer_s,
+        wall_ms=1e3 * wall, host_ms=1e3 * host, optimizer_ms=1e3 * optimizer_s,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss,
     )  # fmt: skip
 
@@ -116,16 +126,34 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return seconds
 
 
-def profiled(step: Callable[[], object], check: Check, table: str) -> dict[str, Any]:
+def _profile(check: Check, name: str, variant: Variant) -> None:
     """Busy time of the device and number of kernels of one step; the kernels by their time go to a file."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with cudnn_attention(variant.cudnn):
+        step, _ = _make_steps(project.read_config(project.SCOUT, variant.words), check.device)
         step()
-        synchronize(check.device)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            step()
+            synchronize(check.device)
     averages = profiler.key_averages()
     text = averages.table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=100)
+    table = f"kernels-{name.replace(', ', '-').replace(' ', '-')}.txt"
     (check.options.out / table).write_text(text, encoding="utf-8")
-    kernels = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
-    return {"busy_ms": sum(e.self_device_time_total for e in kernels) / 1e3, "kernels": sum(e.count for e in kernels)}
+    check.report.measure(name, **kernel_figures(averages), table=table)
+
+
+def kernel_figures(averages: Iterable[Any]) -> dict[str, float]:
+    """Time and number of what ran on the device, of a profile's averages; NCCL's kernels also by themselves."""
+    on_device = [event for event in averages if event.device_type == DeviceType.CUDA]
+    nccl = [event for event in on_device if "nccl" in event.key.lower()]
+    exchange = [event for event in nccl if "sendrecv" in event.key.lower()]
+
+    def ms(events: list[Any]) -> float:
+        return float(sum(event.self_device_time_total for event in events)) / 1e3
+
+    figures = {"busy_ms": ms(on_device), "kernels": sum(event.count for event in on_device)}
+    if nccl:  # waiting for other ranks included
+        figures |= {"exchange_ms": ms(exchange), "other_nccl_ms": ms(nccl) - ms(exchange)}
+    return figures
 
 
 @contextmanager

@@ -9,7 +9,11 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"gpu: {sys.executable} has no {error.name}; name a Python that has it by PYTHON=", file=sys.stderr)
         return 2
-    return cli.main()
+    try:
+        return cli.main()
+    except KeyboardInterrupt:
+        print("gpu: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

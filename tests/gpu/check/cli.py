@@ -82,4 +82,3 @@ def title(records: Sequence[Record]) -> str:
     device = found.get("device", "CPU")
     day = datetime.date.today().isoformat()
     return f"### {device}, torch {torch.__version__}, {day} (`make gpu`)"
-

@@ -29,8 +29,6 @@ def run(check: Check) -> None:
                 check.case(label, partial(_check, check, label, CASES[name], mode, mesh, plain[name]))
 
 
-def _check(
-    check: Check, label: str, case: parity.Case, mode: str, mesh: project.Mesh, plain: StepNumbers
-) -> None:
+def _check(check: Check, label: str, case: parity.Case, mode: str, mesh: project.Mesh, plain: StepNumbers) -> None:
     found = parity.numbers(case, check.device, torch.bfloat16, mode, mesh=mesh)
     parity.judge(check, label, found, plain, LIMITS)

@@ -114,20 +114,29 @@ def run_parts(parts: Sequence[Part], options: Options) -> None:
 def run_alone(process: multiprocessing.process.BaseProcess, limit: float, report: Report) -> None:
     """Start the process and wait until it ends; after `limit` seconds kill it with all that it started."""
     process.start()
-    process.join(limit)
-    if process.is_alive():
+    try:
+        process.join(limit)
+        hangs = process.is_alive()
+    finally:  # Ctrl-C, too: it does not reach a process with a group of its own
+        _kill(process)
+    if hangs:
         report.fail("", f"still running after {limit:.0f} s: killed")
+    elif process.exitcode:
+        ended = f"exit code {process.exitcode}"
+        if process.exitcode < 0:
+            ended = signal.Signals(-process.exitcode).name
+        report.fail("", f"the process was ended by {ended}")
+
+
+def _kill(process: multiprocessing.process.BaseProcess) -> None:
+    """End the process, if it runs, with all that it started."""
+    if process.is_alive():
         assert process.pid is not None
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:  # it has no process group of its own yet
             process.kill()
         process.join()
-    elif process.exitcode:
-        ended = f"exit code {process.exitcode}"
-        if process.exitcode < 0:
-            ended = signal.Signals(-process.exitcode).name
-        report.fail("", f"the process was ended by {ended}")
 
 
 def _run_part(part: Part, options: Options, report: Report) -> None:

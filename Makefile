@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =
 python = .venv/bin/python
 installed = .venv/installed-$(EXTRAS)
 
-.PHONY: help train test test-quick bench learn chaos lint clean
+.PHONY: help train test test-quick bench learn chaos gpu lint clean
 
 help:
 	@echo "make train        data, then training:  CONFIG=$(CONFIG) N=$(N) (processes) ARGS='section.key=value ...'"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench        speed as ratios, measured in one run (minutes): a table, and bench.json"
 	@echo "make learn        three runs (bias, no bias, dense) against the true floor: a table and a picture"
 	@echo "make chaos        a run killed again and again (KILLS=$(KILLS)), compared with one left alone: a table"
+	@echo "make gpu          check a machine with a GPU (nine minutes): a verdict for each part; N=8: layouts on 8 GPUs"
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove .venv and caches; runs and corpora stay"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv (default: the newest of 3.11 to 3.14)"
@@ -47,6 +48,12 @@ learn: $(installed)
 
 chaos: $(installed)
 	@$(python) -m tests.chaos --kills $(KILLS) $(ARGS)
+
+# Installs nothing: a machine that is lent for minutes has a Python with torch. .venv is used if its torch has CUDA.
+gpu:
+	@python=.venv/bin/python; \
+	$$python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null || python="$(or $(PYTHON),python3)"; \
+	exec "$$python" -m tests.gpu.check $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
 
 lint: $(installed)
 	@$(python) -m ruff check .

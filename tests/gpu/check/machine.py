@@ -1,0 +1,108 @@
+"""What this machine is: the first lines of every report of a fault."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from tests.gpu.check.runner import Check
+
+# Dense products in bf16 (fp16 on a T4) by the vendor's data sheets, in TFLOP/s; the first name that is found counts.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 5090": 209, "T4": 65,
+}  # fmt: skip
+
+
+def run(check: Check) -> None:
+    figures: dict[str, object] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "compiler": _compiler(),
+        "triton": _version("triton"),
+        "liger": _version("liger-kernel"),
+    }
+    if check.on_gpu:
+        figures |= _gpu(check.device)
+    check.report.measure(str(figures.get("device", "CPU")), **figures)
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "device": properties.name,
+        "devices": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver_version() or "unknown",
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cudnn": torch.backends.cudnn.version(),
+        "free_gib": free / 2**30,
+        "memory_gib": total / 2**30,
+    }
+
+
+def why_no_cuda() -> str | None:
+    """Why torch sees no CUDA device, in one line; None if it sees one. It uses CUDA: do not call it before a fork."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; install a CUDA build, or name another by PYTHON="
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all devices; unset it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        driver = driver_version()
+        has = f"the driver is {driver}" if driver else "no NVIDIA driver was found"
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no device; {has}: {first}"
+    return None
+
+
+def driver_version() -> str | None:
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.split()[0]
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
+    except (OSError, IndexError):
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that MFU is measured against; None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def _compiler() -> str:
+    """The C and C++ compilers and Python's header, which Triton and torch.compile need to build their launchers."""
+    c = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    cxx = shutil.which(os.environ.get("CXX", "g++"))
+    header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    return f"{c or 'no C compiler'}, {cxx or 'no C++ compiler'}, Python.h {'found' if header else 'missing'}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":  # asked in a process of its own, so that the caller does not use CUDA
+    why = why_no_cuda()
+    print(why or "")
+    sys.exit(2 if why else 0)

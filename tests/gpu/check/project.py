@@ -1,0 +1,273 @@
+"""All that the check uses of the project's internals, in one place, so that a change there is followed here alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from model.loss import IGNORE, Loss, linear_cross_entropy
+from model.moe import grouped_product
+from model.random import dropout, fold, normal, random_bytes, sequence_keys
+from model.transformer import Transformer
+from parallel import fsdp
+from parallel import gradients as reduction
+from parallel import mesh as meshes
+from parallel.mesh import Degrees, Mesh, World
+from trainer import machine
+from trainer import main as trainer_main
+from trainer.config import Config, read_config
+from trainer.optimizer import make_optimizer
+
+__all__ = [
+    "IGNORE", "Config", "Loss", "Mesh", "Transformer", "dropout", "fold", "grouped_product", "linear_cross_entropy",
+    "make_optimizer", "normal", "random_bytes", "read_config", "sequence_keys",
+]  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY, SCOUT = str(ROOT / "launch/tiny.yaml"), str(ROOT / "launch/scout.yaml")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B sequences of S tokens."""
+
+    tokens: Tensor  # (B, S)
+    targets: Tensor  # (B, S)
+    keys: Tensor  # (B,): of the random numbers
+    positions: Tensor | None = None  # (B, S)
+    documents: Tensor | None = None  # (B, S)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(t if t is None else t.to(device) for t in vars(self).values()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What forward and backward of one micro-batch gave, on the CPU."""
+
+    loss: float  # summed over targets
+    gradients: dict[str, Tensor]  # fp32
+    loads: Tensor  # (layers, E)
+
+
+def build_model(
+    config: Config,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None = None,
+    recompute: str | None = None,
+    compiled: bool | None = None,
+    exact_weights: bool = True,
+) -> Transformer:
+    """The model of a run, in training mode.
+
+    exact_weights=False fills it on the device instead of drawing the run's own weights, which takes a CPU many seconds
+    for a large model.
+    """
+    again = config.train.recompute if recompute is None else recompute
+    compiled = config.train.compile if compiled is None else compiled
+
+    def build() -> Transformer:
+        return fsdp.build(
+            config.model, vocab_size, config.train.seed, device, dtype, mesh, config.parallel.overlap, again, compiled
+        )
+
+    if exact_weights:
+        model = build()
+    else:
+        with patch.object(Transformer, "init_weights", _fill):
+            model = build()
+    model.train()
+    return model
+
+
+@torch.no_grad()
+def _fill(model: Transformer, *_: Any) -> None:
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        std = model.initial_std(name)
+        part = fsdp.local(parameter)
+        part.normal_(0, std) if std else part.fill_(1)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def use_loss(model: Transformer, loss: Loss | None) -> None:
+    """Compute the loss by another function; None leaves the model's own."""
+    model.head.loss = loss or model.head.loss
+
+
+def liger_loss(device: torch.device) -> tuple[Loss | None, str | None]:
+    """Liger's loss; or None, and why it cannot be used."""
+    return machine.choose_loss(True, device)
+
+
+def forward(model: Transformer, config: Config, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What training takes the gradient of, summed over the targets; and the experts' loads (layers, E)."""
+    random = config.model.dropout > 0 or config.model.noisy_top_k
+    output = model(batch.tokens, batch.targets, batch.positions, batch.documents, batch.keys if random else None)
+    assert output.loss is not None
+    return output.loss + output.penalty, output.loads
+
+
+def step_numbers(model: Transformer, config: Config, batch: Batch) -> StepNumbers:
+    """Forward and backward of one micro-batch; gradients are those of the loss over the number of tokens."""
+    loss, loads = forward(model, config, batch)
+    (loss / batch.tokens.numel()).backward()
+    return StepNumbers(float(loss.detach()), gradients(model), loads.cpu())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """All gradients, whole, in fp32 on the CPU."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if (grad := parameter.grad) is not None:
+            whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            found[name] = whole.detach().float().cpu()
+    return found
+
+
+def reduce_now(model: Transformer, now: bool) -> None:
+    """Whether the next backward reduces its gradients over the ranks."""
+    fsdp.reduce_gradients(model, now)
+
+
+def finish_step(
+    model: Transformer, optimizer: torch.optim.Optimizer, config: Config, loss: Tensor
+) -> tuple[float, float]:
+    """What follows the backward: one message for loss and norm, the clip, the optimizer.
+
+    `loss` is the sum of this rank's mean losses of its micro-batches. Returns the mean over all ranks and the norm.
+    """
+    parts = reduction.local_gradients(model)
+    square = reduction.sum_of_squares(parts, config.parallel.replicate)
+    total_square, total_loss, ranks = reduction.sum_over_ranks(
+        square.to(loss.device), loss, torch.ones((), dtype=torch.float64, device=loss.device)
+    )
+    norm = float(total_square) ** 0.5
+    reduction.scale(parts, min(1.0, config.train.clip / (norm + 1e-6)))
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(total_loss / ranks), norm
+
+
+def largest_over_ranks(value: float, device: torch.device) -> float:
+    number = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return float(number)
+
+
+def train(words: Sequence[str]) -> int:
+    """trainer.main in this process. Returns its exit code."""
+    return trainer_main.main(words)
+
+
+@contextmanager
+def one_rank_world(device: torch.device, port: int = 29511) -> Iterator[Mesh]:
+    """A world of one rank with the meshes of FSDP2 and of the experts, over NCCL on CUDA.
+
+    A run of one process is not wrapped; here it is, so that one GPU shows what several would do.
+    """
+    cuda = device.type == "cuda"
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if cuda else "gloo", rank=0, world_size=1, device_id=device if cuda else None
+    )
+    try:
+        dense = init_device_mesh(device.type, (1,), mesh_dim_names=("shard",))
+        yield Mesh(Degrees(1, 1, 1), dense, dense._unflatten(0, (1, 1), ("rest", "expert")))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degrees, Mesh | None]]:
+    """This process among those that torchrun started, connected and laid out as `config` says."""
+    world = World.from_environment()
+    device = machine.choose_device(config.run.device, world)
+    p = config.parallel
+    degrees = meshes.degrees(world, config.model, p.replicate, p.shard, p.expert)
+    meshes.connect(world, device, 120)
+    try:
+        yield world, device, degrees, meshes.make_mesh(degrees, device)
+    finally:
+        meshes.disconnect()
+
+
+def expert_degree(config: Config, ranks: int, expert: int | str) -> int:
+    """The degree that parallel.expert=`expert` stands for on `ranks` processes of one machine. Raises MeshError."""
+    world = World(0, ranks, 0, ranks)
+    return meshes.degrees(world, config.model, 1, "auto", expert).expert
+
+
+def flops(config: Config, vocab_size: int, rows: int) -> float:
+    """Of forward and backward of a micro-batch: 6 for each active weight and token, and causal attention."""
+    model, length = config.model, config.data.seq_len
+    active = model.parameter_counts(vocab_size)[1] - vocab_size * model.dim  # the embedding multiplies nothing
+    attention = 6 * model.n_layers * length * model.n_heads * model.head
+    return float(rows * length * (6 * active + attention))
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command of the project did."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def tail(self) -> str:
+        """The last words of a command that failed, for a report."""
+        return "" if self.code == 0 else " ".join(self.stderr.strip()[-400:].splitlines()[-2:])
+
+
+def command(module: str, *words: str, log: Path, timeout: float) -> CommandResult:
+    """`python -m module words`; its output goes to `log`, too. One that takes longer than `timeout` is killed."""
+    path = os.pathsep.join(p for p in sys.path if p)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        stdout, stderr = process.communicate()
+        stderr += f"\nkilled after {timeout:.0f} s"
+    log.write_text(f"{stdout}\n{stderr}", encoding="utf-8")
+    return CommandResult(process.returncode, stdout, stderr)
+
+
+def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind ("train", "eval") of a run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["kind"] == kind]
+
+
+def planned_gib(dry_run: str) -> float | None:
+    """The memory of a rank that --dry-run names, in GiB."""
+    found = re.search(r"^memory +about ([\d.]+) GiB", dry_run, re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def config_words(path: str, words: Sequence[str]) -> list[str]:
+    return ["--config", path, *words]

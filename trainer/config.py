@@ -52,7 +52,7 @@ class TrainConfig(Section):
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="torch.compile of parts, in training: auto | true | false; auto: on CUDA, where there is a compiler",
+        description="torch.compile of parts in training: auto | true | false; auto: on CUDA, where there is a compiler",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="run parts of the forward again in the backward, for less memory: none | selective | full"

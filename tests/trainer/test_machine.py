@@ -112,7 +112,7 @@ def test_a_model_that_does_not_fit_the_gpu_goes_to_the_cpu_or_is_refused(monkeyp
 
 def test_compile_without_a_compiler_is_refused_in_one_line(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="^train.compile=true: torch.compile needs a C.. compiler, and there is no no-such"):
+    with pytest.raises(ConfigError, match="^train.compile=true: .* needs a C.. compiler, and there is no no-such"):
         cases.run(corpus_dir, tmp_path, "run.name=c", "train.compile=true")
 
 

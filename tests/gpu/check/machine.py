@@ -13,12 +13,6 @@ import torch
 
 from tests.gpu.check.runner import Check
 
-# Dense products in bf16 (fp16 on a T4) by the vendor's data sheets, in TFLOP/s; the first name that is found counts.
-PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 5090": 209, "T4": 65,
-}  # fmt: skip
-
 
 def run(check: Check) -> None:
     figures: dict[str, object] = {
@@ -77,14 +71,6 @@ def driver_version() -> str | None:
     except (OSError, IndexError):
         return None
     return next((word for word in words if word[:1].isdigit() and "." in word), None)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that MFU is measured against; None for a device that is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 
 
 def _compiler() -> str:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from model.loss import IGNORE, Loss, linear_cross_entropy
 from model.moe import grouped_product
+from model.precision import weights_unchanged
 from model.random import dropout, fold, normal, random_bytes, sequence_keys
 from model.transformer import Transformer
 from parallel import fsdp
@@ -29,11 +30,12 @@ from parallel.mesh import Degrees, Mesh, World
 from trainer import machine
 from trainer import main as trainer_main
 from trainer.config import Config, read_config
+from trainer.machine import peak_flops
 from trainer.optimizer import make_optimizer
 
 __all__ = [
     "IGNORE", "Config", "Loss", "Mesh", "Transformer", "dropout", "fold", "grouped_product", "linear_cross_entropy",
-    "make_optimizer", "normal", "random_bytes", "read_config", "sequence_keys",
+    "make_optimizer", "normal", "peak_flops", "random_bytes", "read_config", "sequence_keys", "weights_unchanged",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,7 +81,7 @@ def build_model(
     for a large model.
     """
     again = config.train.recompute if recompute is None else recompute
-    compiled = config.train.compile if compiled is None else compiled
+    compiled = machine.choose_compile(config.train.compile, device)[0] if compiled is None else compiled
 
     def build() -> Transformer:
         return fsdp.build(
@@ -153,8 +155,9 @@ def finish_step(
 
     `loss` is the sum of this rank's mean losses of its micro-batches. Returns the mean over all ranks and the norm.
     """
+    reduction.sum_replicated(model)
     parts = reduction.local_gradients(model)
-    square = reduction.sum_of_squares(parts, config.parallel.replicate)
+    square = reduction.sum_of_squares(model, config.parallel.replicate)
     total_square, total_loss, ranks = reduction.sum_over_ranks(
         square.to(loss.device), loss, torch.ones((), dtype=torch.float64, device=loss.device)
     )
@@ -218,11 +221,8 @@ def expert_degree(config: Config, ranks: int, expert: int | str) -> int:
 
 
 def flops(config: Config, vocab_size: int, rows: int) -> float:
-    """Of forward and backward of a micro-batch: 6 for each active weight and token, and causal attention."""
-    model, length = config.model, config.data.seq_len
-    active = model.parameter_counts(vocab_size)[1] - vocab_size * model.dim  # the embedding multiplies nothing
-    attention = 6 * model.n_layers * length * model.n_heads * model.head
-    return float(rows * length * (6 * active + attention))
+    """Of forward and backward of a micro-batch of so many rows."""
+    return float(rows * config.data.seq_len * config.model.flops_per_token(vocab_size, config.data.seq_len))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 A run whose masks depended on the device would lose what the project promises: the same loss wherever it is resumed.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,7 +21,10 @@ def run(check: Check) -> None:
     check.case("bits", lambda: _bits(check))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        check.case(f"dropout, {name}", partial(_dropout, check, name, dtype))
+        check.case(f"dropout, {name}", partial(_dropout, check, name, dtype, project.dropout))
+    check.case(
+        "dropout, compiled", partial(_dropout, check, "compiled", torch.bfloat16, torch.compile(project.dropout))
+    )
     check.case("noise", lambda: _noise(check))
 
 
@@ -44,26 +48,26 @@ def _bits(check: Check) -> None:
     check.report.check("bits", dict.fromkeys(different, exactly(0)), **different)
 
 
-def _dropout(check: Check, name: str, dtype: torch.dtype) -> None:
+def _dropout(check: Check, name: str, dtype: torch.dtype, dropout: Callable[..., Tensor]) -> None:
     """Where dropout sets zeros, forward and backward; and that the rest is scaled by one factor."""
     wrong_masks, wrong_values = 0, 0
     x = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).abs() + 0.5).to(dtype)  # no zeros of its own
     for site in SITES:
-        expected = _dropped(x, site)
-        found = _dropped(x.to(check.device), site)
+        expected = _dropped(x, site, project.dropout)
+        found = _dropped(x.to(check.device), site, dropout)
         for theirs, ours in zip(found, expected, strict=True):
             wrong_masks += int(((theirs.cpu() == 0) != (ours == 0)).sum())
             wrong_values += int((theirs.cpu() != ours).sum())
-    share = float((_dropped(x, 0)[0] == 0).float().mean())
+    share = float((_dropped(x, 0, project.dropout)[0] == 0).float().mean())
     # One product by a constant, rounded once: the CPU and the GPU round alike.
     limits = {"wrong_masks": exactly(0), "wrong_values": exactly(0), "share": (0.09, 0.11)}
     check.report.check(f"dropout, {name}", limits, wrong_masks=wrong_masks, wrong_values=wrong_values, share=share)
 
 
-def _dropped(x: Tensor, site: int) -> tuple[Tensor, Tensor]:
+def _dropped(x: Tensor, site: int, dropout: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """The result of dropout, and the gradient of its sum."""
     x = x.detach().clone().requires_grad_()
-    out = project.dropout(x, 0.1, keys().to(x.device), site)
+    out = dropout(x, 0.1, project.fold(keys(), site).to(x.device))
     out.sum().backward()
     assert x.grad is not None
     return out.detach(), x.grad

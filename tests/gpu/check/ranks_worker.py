@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.gpu.check import project
 from tests.gpu.check.compare import synchronize
-from tests.gpu.check.machine import peak_flops
 from tests.gpu.check.speed import kernel_figures
 
 WARM_UP, STEPS, MICRO_BATCHES = 2, 3, 4
@@ -73,7 +72,7 @@ def _batch(config: project.Config, number: int, micro_batch: int, rank: int) -> 
 
 def _figures(config: project.Config, ranks: int, seconds: float, device: torch.device) -> dict[str, Any]:
     rows = MICRO_BATCHES * config.train.micro_batch_size
-    peak = peak_flops(device)
+    peak = project.peak_flops(device, torch.bfloat16)
     figures: dict[str, Any] = {
         "ranks": ranks,
         "tokens_per_second": ranks * rows * config.data.seq_len / seconds,

@@ -24,7 +24,7 @@ def kept(model, layer):
     config = model.config
     x, real = torch.randn(ROWS, LENGTH, config.dim, requires_grad=True), torch.ones(ROWS, LENGTH, dtype=torch.bool)
     places = Places.of(config, x, torch.arange(LENGTH)[None])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         out = model.blocks[layer](x, places, real, None, None)
     assert out[0].requires_grad
     return sum(e.self_cpu_memory_usage for e in seen.key_averages()) / (4 * ROWS * LENGTH)

@@ -93,6 +93,12 @@ def test_the_tables_name_verdicts_and_figures():
     assert table[4:] == ["| base | 123,456 | 0.2513 |  | ok |", "| liger | 1.5 |  | 1,200 | FAILED |"]
 
 
+def test_results_are_strict_json(options):
+    Report(options.results, "a", 0.0).check("one", {"x": at_most(1)}, x=float("nan"))
+    assert json.loads(options.results.read_text(), parse_constant=pytest.fail)["figures"] == {"x": "nan"}
+    assert verdicts(options) == {"one": FAILED}
+
+
 def test_an_unfinished_last_line_is_dropped(options):
     Report(options.results, "a", 0.0).check("one", {"x": exactly(1)}, x=1)
     with options.results.open("a") as file:

@@ -55,8 +55,9 @@ def _step(
         torch.manual_seed(1000 * number + 10 * micro_batch + rank)  # attention's dropout
         project.reduce_now(model, micro_batch == MICRO_BATCHES - 1)
         summed, _ = project.forward(model, config, batch)
-        (summed / batch.tokens.numel()).backward()
-        loss += summed.detach().double() / batch.tokens.numel()
+        tokens = MICRO_BATCHES * batch.tokens.numel()
+        (summed / tokens).backward()
+        loss += summed.detach().double() / tokens
     return project.finish_step(model, optimizer, config, loss)
 
 

@@ -90,10 +90,16 @@ class Report:
         why: str = "",
     ) -> None:
         at = round(time.time() - self.start, 1)
-        record = Record(self.part, case, verdict, at, dict(figures or {}), dict(limits or {}), why)
+        plain = {name: _json(value) for name, value in (figures or {}).items()}
+        record = Record(self.part, case, verdict, at, plain, dict(limits or {}), why)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record), default=str) + "\n")
         print(record.line(), flush=True)
+
+
+def _json(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: they are written as words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> list[Record]:

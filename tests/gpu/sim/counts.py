@@ -138,7 +138,7 @@ def table(recording: Recording) -> str:
         recording.step.markdown(),
         "",
     ]
-    peak, reserved = (recording.memory[name] / 2**30 for name in ("peak", "reserved"))
+    peak, reserved = (recording.memory[name] / 2**30 for name in ("allocated", "reserved"))
     lines.append(f"Memory of rank 0: {peak:.2f} GiB allocated at most, {reserved:.2f} GiB reserved.")
     if sent := recording.step.messages:
         kinds = (f"{times} {kind} ({size / 1e6:,.1f} MB)" for kind, (times, size) in sorted(sent.items()))
@@ -162,4 +162,22 @@ def by_function(recording: Recording, most: int = 24) -> str:
                 f"| {name[:110]} | {1e3 * time:.2f} | {launches[name]} | {moved[name] / 1e9:.2f} |"
                 for name, time in times.most_common(most)
             ]
+    return "\n".join(lines)
+
+
+def comparison(recordings: Sequence[Recording]) -> str:
+    """One line for each: a whole step of each layout, for markdown."""
+    lines = [
+        "| step of rank 0 (simulated) | kernels | waits | messages | MB sent | kinds of messages | host, ms (this CPU) "
+        "| device, ms at least | GiB at most |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for recording in recordings:
+        step = recording.step
+        kinds = ", ".join(f"{n} {kind} ({size / 1e6:,.0f} MB)" for kind, (n, size) in sorted(step.messages.items()))
+        count, sent = (sum(column) for column in zip((0, 0), *step.messages.values(), strict=True))
+        lines.append(
+            f"| {recording.title} | {step.kernels:,} | {step.waits} | {count} | {sent / 1e6:,.0f} | {kinds} | "
+            f"{step.host_ms:.0f} | {step.device_ms:.0f} | {recording.memory['allocated'] / 2**30:.1f} |"
+        )
     return "\n".join(lines)

@@ -69,6 +69,7 @@ class Simulation:
             "SIM_GPU_COUNT": str(machine.ranks // machine.nodes),
             "SIM_GPU_FOLDER": shared,
             "PYTHONDONTWRITEBYTECODE": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its workers would each load torch again
         }
         if machine.gib is not None:
             environment["SIM_GPU_GIB"] = str(machine.gib)

@@ -1,7 +1,7 @@
 """Records a few steps of a run on simulated GPUs by phase, on rank 0, and ends the run: what counts.py prints.
 
-The phases are those that the trainer names to its watch. The last step runs under the roofline's mode; the one before it
-gives the counts; those before that warm up, so that nothing is compiled or allocated for the first time.
+The phases are those that the trainer names to its watch. The last step runs under the roofline's mode; the one before
+it gives the counts; those before that warm up, so that nothing is compiled or allocated for the first time.
 """
 
 import json
@@ -39,13 +39,14 @@ class Recorder:
         import torch._inductor.config as inductor
 
         inductor.benchmark_combo_kernel = True
-        mark = Watch.mark
+        kind: Any = Watch
+        mark = kind.mark
 
         def heard(watch: Watch, phase: str, step: int | None = None) -> None:
             mark(watch, phase, step)
             self.hear(phase, step)
 
-        Watch.mark = heard  # type: ignore[method-assign]
+        kind.mark = heard
 
     def hear(self, phase: str, step: int | None) -> None:
         """The phase before is over, and this one begins; step is given with the first of a kind in a step."""
@@ -79,13 +80,12 @@ class Recorder:
     def _end(self) -> None:
         if os.environ.get("RANK", "0") == "0":
             memory = torch.cuda.memory_stats()
-            keys = {"peak": "allocated_bytes.all.peak", "reserved": "reserved_bytes.all.peak", "retries": "num_alloc_retries"}
             self.path.write_text(
                 json.dumps({
                     "ranks": int(os.environ.get("WORLD_SIZE", "1")),
                     "phases": self.counts,
                     "seconds": self.seconds,
-                    "memory": {name: memory[key] for name, key in keys.items()},
+                    "memory": {key: memory[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")},
                     "costs": [asdict(cost) for cost in self.roofline.costs.values()],
                 })
             )

@@ -1,10 +1,10 @@
 """The least time that a device needs for what it is asked: bytes, products, launches of each operation.
 
 An operation takes at least its bytes at BYTES_PER_SECOND, its products at FLOPS (FLOPS_FP32 in float32), and
-SECONDS_PER_LAUNCH for each launch; the sum is a floor, which assumes that nothing stays in a cache between two operations
-and that no two run at once. Operations of ATen come by a dispatch mode. Those that were compiled do not pass it: they are
-counted where Inductor (by its own count of what a kernel reads and writes) and Triton (by the sizes of the tensors that a
-kernel gets) launch them. Messages are not in it.
+SECONDS_PER_LAUNCH for each launch; the sum is a floor, which assumes that nothing stays in a cache between two
+operations and that no two run at once. A dispatch mode sees the operations of ATen. Compiled ones do not pass it: they
+are counted where Inductor (by its own count of what a kernel reads and writes) and Triton (by the sizes of the tensors
+that a kernel gets) launch them. Messages are not in it.
 """
 
 import sys
@@ -36,6 +36,8 @@ SCATTER = {aten.scatter_, aten.scatter_add_, aten.index_fill_}  # and these chan
 
 FORMULAS = {aten._grouped_mm: lambda a, b, *rest, **options: 2 * a.shape[0] * a.shape[1] * b.shape[-1], **flop_registry}
 
+Measure = Callable[[Any, Any, Any], tuple[str, float, float]]  # kernel, args, options -> name, bytes, flops
+
 
 @dataclass
 class Cost:
@@ -59,7 +61,7 @@ class Roofline(TorchDispatchMode):
         self.costs: dict[tuple[str, str, str], Cost] = {}
         self._attributed = 0  # launches that are in a cost
         self._entered_at = 0
-        self._before: list[tuple[type, Callable[..., Any]]] = []
+        self._before: list[tuple[Any, Callable[..., Any]]] = []
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -69,7 +71,8 @@ class Roofline(TorchDispatchMode):
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
         from triton.runtime.jit import JITFunction
 
-        for kind, measure in ((CachingAutotuner, _of_inductor), (JITFunction, _of_triton)):
+        launchers: list[tuple[Any, Measure]] = [(CachingAutotuner, _of_inductor), (JITFunction, _of_triton)]
+        for kind, measure in launchers:
             self._before.append((kind, kind.run))
             kind.run = self._measured(kind.run, measure)
         super().__enter__()
@@ -79,9 +82,9 @@ class Roofline(TorchDispatchMode):
         super().__exit__(*error)
         while self._before:
             kind, run = self._before.pop()
-            kind.run = run  # type: ignore[attr-defined]
+            kind.run = run
 
-    def _measured(self, run: Callable[..., Any], measure: Callable[..., tuple[str, float, float]]) -> Callable[..., Any]:
+    def _measured(self, run: Callable[..., Any], measure: Measure) -> Callable[..., Any]:
         def measured(kernel: Any, *args: Any, **options: Any) -> Any:
             before, inside = report.launches(), self._attributed
             result = run(kernel, *args, **options)

@@ -2,12 +2,12 @@
 
     python -m tests.gpu.sim.simulated --config launch/tiny.yaml ...     with the libraries of build.py preloaded
 
-Whatever is read back from the device is zero. Most of the trainer does not mind; what does is replaced here, and nothing
-else is: a change in the product that breaks a simulated run is mended here or there, not in other files.
+Whatever is read back from the device is zero. Most of the trainer works with that. What does not is replaced here and
+nowhere else, so this is the file to adapt if a change of the trainer breaks only the simulation.
 
-Environment: SIM_SKEW=1 sends all rows of the exchange to the last rank; SIM_INIT=0 leaves out drawing the initial weights,
-which for a large model takes minutes; SIM_VOCAB gives the model another vocabulary than the corpus has; SIM_RECORD=FILE
-makes the run a recording of RECORDED_STEPS steps, see record.py.
+Environment: SIM_SKEW=1 sends all rows of the exchange to the last rank. SIM_INIT=0 skips drawing the initial weights,
+which takes minutes for a large model. SIM_VOCAB gives the model another vocabulary than the corpus has. SIM_RECORD=FILE
+makes the run a recording, see record.py.
 """
 
 import fcntl
@@ -46,14 +46,15 @@ def prepare() -> None:
 
 def _leave_out_cudnn_attention() -> None:
     """cuDNN plans its attention on a device. SDPA takes its next choice, which on an H100 is flash attention."""
-    switch = torch._C._set_sdp_use_cudnn
-    torch._C._set_sdp_use_cudnn = lambda enabled: switch(False)
+    switches: Any = torch._C
+    switch = switches._set_sdp_use_cudnn
+    switches._set_sdp_use_cudnn = lambda enabled: switch(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _give_sizes_to_the_exchange() -> None:
     """Every rank sends the same number of rows to each, or with SIM_SKEW all to the last one."""
-    kind = parallel.experts.Exchange
+    kind: Any = parallel.experts.Exchange
     call, sizes = kind.__call__, kind.sizes
 
     def remember_rows(self: Any, rows: Any, *rest: Any) -> Any:
@@ -71,12 +72,12 @@ def _give_sizes_to_the_exchange() -> None:
         slot = [sum(come) // slots + (i < sum(come) % slots) for i in range(slots)]
         return (to, come, slot)[: len(asked)]
 
-    kind.__call__, kind.sizes = remember_rows, replaced  # type: ignore[method-assign]
+    kind.__call__, kind.sizes = remember_rows, replaced
 
 
 def _give_segments_to_groups() -> None:
     """Groups of segments are laid out by the CPU, from starts that it reads from the device."""
-    kind = model.segments.Groups
+    kind: Any = model.segments.Groups
     init = kind.__init__
 
     def replaced(self: Any, starts: torch.Tensor, device: torch.device) -> None:
@@ -85,12 +86,13 @@ def _give_segments_to_groups() -> None:
             starts = torch.arange(starts.numel()).view(starts.shape) % SEGMENT == 0
         init(self, starts, device)
 
-    kind.__init__ = replaced  # type: ignore[method-assign]
+    kind.__init__ = replaced
 
 
 def _stage_one_rank_at_a_time() -> None:
     """The staging memory of a save is filled with zeros, and given back when it is locked: see cudaHostRegister."""
-    kind, folder = trainer.storage.Image, os.environ.get("SIM_GPU_FOLDER")
+    kind: Any = trainer.storage.Image
+    folder = os.environ.get("SIM_GPU_FOLDER")
     init = kind.__init__
 
     def replaced(self: Any, source: Any) -> None:
@@ -99,7 +101,7 @@ def _stage_one_rank_at_a_time() -> None:
             init(self, source)
 
     if folder:
-        kind.__init__ = replaced  # type: ignore[method-assign]
+        kind.__init__ = replaced
 
 
 if __name__ == "__main__":

@@ -112,20 +112,20 @@ def run_case(simulation: Simulation, case: Case) -> Result:
     folder = simulation.folder / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     where = ["--config", f"launch/{case.config}.yaml", f"run.dir={folder.parent}", f"run.name={name}"]
-    problems, left = [], ""
-    goes = [(case.machine, case.words, STEPS)]
+    wrong, left = "", ""
+    starts = [(case.machine, case.words, STEPS)]
     if case.again:
-        goes.append((*case.again, 2 * STEPS))
-    for machine, words, steps in goes:
+        starts.append((*case.again, 2 * STEPS))
+    for machine, words, steps in starts:
         settings = [*where, *simulation.corpus(), *COMMON, *words, f"train.steps={steps}"]
         done = simulation.train(machine, settings, case.extra)
         (simulation.folder / f"{name}-{steps}.log").write_text(done.stdout)
-        problems = problem(done.returncode, done.stdout, folder, steps)
-        if problems:
-            problems = f"{machine.ranks} GPUs, up to step {steps}: {problems}"
+        wrong = problem(done.returncode, done.stdout, folder, steps)
+        if wrong:
+            wrong = f"{machine.ranks} GPUs, up to step {steps}: {wrong}"
             break
         left = ", ".join([*filter(None, [left]), f"step {steps} on {machine.ranks}"])
-    result = Result(case.name, not problems, time.monotonic() - started, problems or left)
+    result = Result(case.name, not wrong, time.monotonic() - started, wrong or left)
     shutil.rmtree(folder, ignore_errors=True)
     return result
 

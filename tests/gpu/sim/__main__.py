@@ -1,7 +1,7 @@
 """`make fake-gpu`: whole runs and counts on simulated GPUs. Prints tables for markdown, and writes JSON.
 
     python -m tests.gpu.sim                                      every part: an hour on two cores
-    python -m tests.gpu.sim --part runs -k scout                 whole runs whose names have `scout` in them
+    python -m tests.gpu.sim --part runs -k scout                 the whole runs with `scout` in their names
     python -m tests.gpu.sim --part counts --config launch/scout.yaml --ranks 2 train.compile=true
 """
 
@@ -33,7 +33,7 @@ def main() -> int:
         "--part", nargs="+", choices=PARTS, default=list(PARTS),
         help="counts: a step by phase; experts: steps on 8 GPUs by parallel.expert; runs: whole runs",
     )  # fmt: skip
-    parser.add_argument("-k", default="", metavar="TEXT", help="only the whole runs whose names contain it")
+    parser.add_argument("-k", default="", metavar="PATTERN", help="a regular expression: only the runs of that name")
     parser.add_argument("--config", type=Path, help="counts of this config alone")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs for --config")
     parser.add_argument("--card", default="H100", help="H100, A100, L4, T4, B200 or RTX5090, for --config")
@@ -60,6 +60,8 @@ def main() -> int:
                 print(result.markdown(), flush=True)
                 runs.append(vars(result))
                 failed += not result.passed
+            if not runs:
+                parser.error(f"-k {args.k}: matches the name of no whole run")
             results["runs"] = runs
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed else 0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,22 +44,14 @@ class Simulation:
     def train(
         self, machine: Machine, words: Sequence[str], extra: Mapping[str, str] | None = None, timeout: float = 900
     ) -> subprocess.CompletedProcess[str]:
-        """Runs simulated.py on all ranks; its output, and the exit code of the first node."""
+        """Runs simulated.py on all ranks; the output of all nodes, and the exit code of the first."""
         with tempfile.TemporaryDirectory(prefix="ranks-", dir=self.folder) as shared:
             environment = self.environment(machine, shared) | dict(extra or {})
             commands = [self._command(machine, node, shared) + list(words) for node in range(machine.nodes)]
-            others = [
-                subprocess.Popen(c, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-                for c in commands[1:]
-            ]
-            try:
-                return self._run(commands[0], environment, timeout)
-            finally:
-                for process in others:
-                    try:
-                        process.wait(30)
-                    except subprocess.TimeoutExpired:
-                        process.kill()
+            with ThreadPoolExecutor(machine.nodes) as pool:
+                first, *others = pool.map(lambda command: self._run(command, environment, timeout), commands)
+            first.stdout += "".join(other.stdout for other in others)
+            return first
 
     def environment(self, machine: Machine, shared: str) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SIM_GPU_")}

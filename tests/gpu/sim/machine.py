@@ -70,12 +70,12 @@ class Simulation:
 
     def _command(self, machine: Machine, node: int, shared: str) -> list[str]:
         here = [sys.executable, "-m"]
-        flags = [f"--nproc_per_node={machine.ranks // machine.nodes}"]
+        flags = [f"--nproc_per_node={machine.ranks // machine.nodes}", "--max-restarts=0"]
         if machine.ranks == 1:
             return [*here, "tests.gpu.sim.simulated"]
         if machine.nodes > 1:
             port = 29000 + os.getpid() % 1000
-            flags += [f"--nnodes={machine.nodes}", f"--node_rank={node}", "--rdzv_backend=c10d", "--max-restarts=0"]
+            flags += [f"--nnodes={machine.nodes}", f"--node_rank={node}", "--rdzv_backend=c10d"]
             flags += [f"--rdzv_id={Path(shared).name}", f"--rdzv_endpoint=localhost:{port}"]
         return [*here, "launch.torchrun", *flags, "-m", "tests.gpu.sim.simulated"]
 

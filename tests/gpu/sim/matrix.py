@@ -17,7 +17,9 @@ COMMON = (
 )  # fmt: skip
 SKIP_DRAWING = {"SIM_INIT": "0"}  # of initial weights, for large models
 CUT = ("model.n_layers=2", "model.expert_dim=512")  # a checkpoint of 1 GB instead of 15
-ERROR = re.compile(r"\w(Error|Exception)\b|rank \d+ (failed|is gone|was ended)|: error")
+CUT_17B = ("model.n_layers=2", "model.expert_dim=1024", "model.nope_every=2", "data.seq_len=1024")
+SELECTIVE = "train.recompute=selective"
+ERROR = re.compile(r"^(\[rank\d+\]:\s*)?\w[\w.]*(Error|Exception): |^rank \d+ (failed|is gone|was ended)")
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,9 @@ CASES = (
     eight("scout.yaml cut, 8 GPUs, expert 1", "parallel.expert=1", *CUT),
     eight("scout.yaml cut, 8 GPUs, replicate 2 x shard 4", "parallel.replicate=2", "parallel.expert=4", *CUT, again=4),
     eight("scout.yaml cut, 2 nodes of 4 GPUs", *CUT, nodes=2, again=4),
-    eight("scout-17b-16e.yaml cut to 2 layers, 8 GPUs", *(
-        "model.n_layers=2", "model.expert_dim=1024", "model.nope_every=2", "data.seq_len=1024",
-    ), config="scout-17b-16e", again=4),
-)  # fmt: skip
+    eight("scout-17b-16e.yaml cut, 8 GPUs", *CUT_17B, config="scout-17b-16e", again=4),
+    eight("scout-17b-16e.yaml cut, 8 GPUs, recompute selective", *CUT_17B, SELECTIVE, config="scout-17b-16e"),
+)
 
 
 @dataclass

@@ -3,6 +3,7 @@ CONFIG = launch/tiny.yaml
 N = 2
 ARGS =
 KILLS = 20
+FAKE_GPU_VENV = .venv-gpu
 EXTRAS ?= dev
 # Nothing is compiled at install, so what is imported must be kept: torch starts in half the time.
 export PYTHONDONTWRITEBYTECODE =
@@ -10,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE =
 python = .venv/bin/python
 installed = .venv/installed-$(EXTRAS)
 
-.PHONY: help train test test-quick bench learn chaos gpu lint clean
+.PHONY: help train test test-quick bench learn chaos gpu fake-gpu lint clean
 
 help:
 	@echo "make train        data, then training:  CONFIG=$(CONFIG) N=$(N) (processes) ARGS='section.key=value ...'"
@@ -20,8 +21,9 @@ help:
 	@echo "make learn        three runs (bias, no bias, dense) against the true floor: a table and a picture"
 	@echo "make chaos        a run killed again and again (KILLS=$(KILLS)), compared with one left alone: a table"
 	@echo "make gpu          check a machine with a GPU (nine minutes): a verdict for each part; N=8: layouts on 8 GPUs"
+	@echo "make fake-gpu     runs and counts on simulated GPUs, none needed (5 GB, an hour): ARGS='--part counts'"
 	@echo "make lint         ruff and mypy"
-	@echo "make clean        remove .venv and caches; runs and corpora stay"
+	@echo "make clean        remove .venv, .venv-gpu and caches; runs and corpora stay"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv (default: the newest of 3.11 to 3.14)"
 	@echo "EXTRAS=$(EXTRAS) chooses the extras of setup.cfg to install: dev, hub, play (make test adds play)"
 
@@ -55,10 +57,18 @@ gpu:
 	$$python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null || python="$(or $(PYTHON),python3)"; \
 	exec "$$python" -m tests.gpu.check $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
 
+# An environment of its own, with the CUDA build of torch; FAKE_GPU_VENV names another that has it.
+.venv-gpu/installed: setup.cfg constraints.txt tests/gpu/sim/install.sh
+	@PYTHON="$(PYTHON)" sh tests/gpu/sim/install.sh .venv-gpu
+	@touch $@
+
+fake-gpu: $(if $(filter .venv-gpu,$(FAKE_GPU_VENV)),.venv-gpu/installed)
+	@$(FAKE_GPU_VENV)/bin/python -B -m tests.gpu.sim $(ARGS)
+
 lint: $(installed)
 	@$(python) -m ruff check .
 	@$(python) -m mypy
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find data model parallel trainer launch tests -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""`make fake-gpu`: whole runs and counts on simulated GPUs. Prints tables for markdown, and writes JSON.
+
+    python -m tests.gpu.sim                                      every part: an hour on two cores
+    python -m tests.gpu.sim --part runs -k scout                 the whole runs with `scout` in their names
+    python -m tests.gpu.sim --part counts --config launch/scout.yaml --ranks 2 train.compile=true
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.gpu.sim import build, counts, matrix
+from tests.gpu.sim.counts import Recording
+from tests.gpu.sim.machine import Machine, Simulation
+
+PARTS = ("counts", "experts", "runs")
+USUAL = (  # of counts: GPUs, card, settings of launch/scout.yaml
+    (Machine(), ("train.global_batch_size=32",)),
+    (Machine(), ("train.global_batch_size=32", "train.compile=true")),
+    (Machine(), ("train.global_batch_size=32", "train.liger=true")),
+    (Machine(1, "A100"), ("train.global_batch_size=32",)),
+    (Machine(2), ("train.global_batch_size=64",)),
+)
+EXPERT_DEGREES = (8, 4, 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m tests.gpu.sim", description="Runs on simulated GPUs.")
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=list(PARTS),
+        help="counts: a step by phase; experts: steps on 8 GPUs by parallel.expert; runs: whole runs",
+    )  # fmt: skip
+    parser.add_argument("-k", default="", metavar="PATTERN", help="a regular expression: only the runs of that name")
+    parser.add_argument("--config", type=Path, help="counts of this config alone")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs for --config")
+    parser.add_argument("--card", default="H100", help="H100, A100, L4, T4, B200 or RTX5090, for --config")
+    parser.add_argument("--libraries", type=Path, default=Path(sys.prefix) / "simulated-gpu", help="built there")
+    parser.add_argument("--folder", type=Path, help="of runs, logs and the corpus, kept; default: a temporary one")
+    parser.add_argument("--out", type=Path, default=Path("fake-gpu.json"), help="what was measured")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="for --config")
+    args = parser.parse_intermixed_args()
+    build.build(args.libraries)
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory(prefix="fake-gpu-") as temporary:
+        simulation = Simulation(args.libraries, (args.folder or Path(temporary)).resolve())
+        if "counts" in args.part:
+            asked = [(Machine(args.ranks, args.card), tuple(args.settings))]
+            usual = asked if args.config or args.settings else USUAL
+            results["counts"] = [count(simulation, args.config, *one).json() for one in usual]
+        if "experts" in args.part:
+            results["experts"] = [recording.json() for recording in by_expert_degree(simulation)]
+        failed = 0
+        if "runs" in args.part:
+            print(matrix.HEAD, flush=True)
+            runs = []
+            for result in matrix.run(simulation, args.k):
+                print(result.markdown(), flush=True)
+                runs.append(vars(result))
+                failed += not result.passed
+            if not runs:
+                parser.error(f"-k {args.k}: matches the name of no whole run")
+            results["runs"] = runs
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def count(simulation: Simulation, config: Path | None, machine: Machine, settings: Sequence[str]) -> Recording:
+    config = config or Path("launch/scout.yaml")
+    title = " ".join([f"{config.name} on {machine.ranks} {machine.card}", *settings])
+    recording = counts.record(simulation, title, machine, ["--config", str(config), *settings])
+    print(counts.table(recording), counts.by_function(recording), "", sep="\n", flush=True)
+    return recording
+
+
+def by_expert_degree(simulation: Simulation) -> list[Recording]:
+    """The step of launch/scout.yaml on eight GPUs, as it stands in the file, by how far the experts are spread."""
+    recordings = []
+    for expert in EXPERT_DEGREES:
+        words = ["--config", "launch/scout.yaml", f"parallel.expert={expert}"]
+        title = f"scout.yaml on 8 H100, parallel.expert={expert}"
+        recordings.append(counts.record(simulation, title, Machine(8), words))
+    print(counts.comparison(recordings), *map(counts.table, recordings), "", sep="\n\n", flush=True)
+    return recordings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The least time that a device needs for what it is asked: bytes, products, launches of each operation.
+
+An operation takes at least its bytes at BYTES_PER_SECOND, its products at FLOPS (FLOPS_FP32 in float32), and
+SECONDS_PER_LAUNCH for each launch; the sum is a floor, which assumes that nothing stays in a cache between two
+operations and that no two run at once. A dispatch mode sees the operations of ATen. Compiled ones do not pass it: they
+are counted where Inductor (by its own count of what a kernel reads and writes) and Triton (by the sizes of the tensors
+that a kernel gets) launch them. Messages are not in it.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from tests.gpu.sim import report
+
+BYTES_PER_SECOND = 2.8e12  # what an H100 reaches of its 3.35e12
+FLOPS = 5e14  # in bfloat16, of 9.9e14
+FLOPS_FP32 = 4.5e13
+SECONDS_PER_LAUNCH = 2.5e-6
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = tuple(str(ROOT / name) + "/" for name in ("model", "parallel", "trainer"))
+AUTOGRAD = "autograd"  # the place of what no line of the project asked for
+aten = torch.ops.aten
+WRITE_ONLY = {aten.copy_, aten.zero_, aten.fill_}  # they do not read what they change
+GATHER = {aten.index_select, aten.gather, aten.embedding, aten.index}  # they read as much as they return
+SCATTER = {aten.scatter_, aten.scatter_add_, aten.index_fill_}  # and these change as much as their index has
+
+FORMULAS = {aten._grouped_mm: lambda a, b, *rest, **options: 2 * a.shape[0] * a.shape[1] * b.shape[-1], **flop_registry}
+
+Measure = Callable[[Any, Any, Any], tuple[str, float, float]]  # kernel, args, options -> name, bytes, flops
+
+
+@dataclass
+class Cost:
+    """What one operation at one place in the project asked for, in sum over its calls."""
+
+    phase: str
+    place: str  # file and function
+    name: str  # of the operation or kernel
+    launches: int = 0
+    bytes: float = 0
+    flops: float = 0
+    seconds: float = 0
+
+
+class Roofline(TorchDispatchMode):
+    """Adds up costs while it is entered; `phase` is set from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = ""
+        self.costs: dict[tuple[str, str, str], Cost] = {}
+        self._attributed = 0  # launches that are in a cost
+        self._entered_at = 0
+        self._before: list[tuple[Any, Callable[..., Any]]] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or compiled functions would run uncompiled
+
+    def __enter__(self) -> "Roofline":
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from triton.runtime.jit import JITFunction
+
+        launchers: list[tuple[Any, Measure]] = [(CachingAutotuner, _of_inductor), (JITFunction, _of_triton)]
+        for kind, measure in launchers:
+            self._before.append((kind, kind.run))
+            kind.run = self._measured(kind.run, measure)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        while self._before:
+            kind, run = self._before.pop()
+            kind.run = run
+
+    def _measured(self, run: Callable[..., Any], measure: Measure) -> Callable[..., Any]:
+        def measured(kernel: Any, *args: Any, **options: Any) -> Any:
+            before, inside = report.launches(), self._attributed
+            result = run(kernel, *args, **options)
+            if launches := report.launches() - before - (self._attributed - inside):
+                name, size, flops = measure(kernel, args, options)
+                self.add(name, launches, size, flops, FLOPS)
+            return result
+
+        return measured
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before, inside = report.launches(), self._attributed
+        out = func(*args, **kwargs)
+        if launches := report.launches() - before - (self._attributed - inside):
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            # A product of bf16 matrices may add to one of fp32: all operands say at which rate it runs.
+            rate = FLOPS_FP32 if tensors and all(t.dtype == torch.float32 for t in tensors) else FLOPS
+            flops = flops_of(func, args, kwargs, out)
+            self.add(str(func._overloadpacket), launches, bytes_of(func, args, kwargs, out), flops, rate)
+        return out
+
+    def add(self, name: str, launches: int, size: float, flops: float, rate: float) -> None:
+        self._attributed += launches
+        key = (self.phase, place(), name)
+        cost = self.costs.setdefault(key, Cost(*key))
+        cost.launches += launches
+        cost.bytes += size
+        cost.flops += flops
+        cost.seconds += max(size / BYTES_PER_SECOND, flops / rate, SECONDS_PER_LAUNCH * launches)
+
+    def add_the_rest(self, launches: int) -> None:
+        """Launches of the phase that no cost has, if there are any, of `launches` in all."""
+        known = sum(cost.launches for cost in self.costs.values() if cost.phase == self.phase)
+        if launches > known:
+            self.add("unknown", launches - known, 0, 0, FLOPS)
+
+
+def place() -> str:
+    """The innermost function of the project on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(PACKAGES):
+            return f"{name[len(str(ROOT)) + 1 :]} {frame.f_code.co_qualname}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return AUTOGRAD
+
+
+def size_of(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors on a device; an expanded one holds fewer than it shows."""
+    local = (getattr(t, "_local_tensor", t) for t in tensors if isinstance(t, Tensor))
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in local if t.is_cuda)
+
+
+def bytes_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """What an operation reads, and what it writes."""
+    packet, schema = func._overloadpacket, func._schema
+    read, changed = [], []
+    for argument, value in zip(schema.arguments, args, strict=False):
+        leaves = tree_leaves(value)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        changed += leaves if written else []
+        read += leaves if not written or packet not in WRITE_ONLY else []
+    for argument in schema.arguments:
+        if argument.name in kwargs:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            (changed if written else read).extend(tree_leaves(kwargs[argument.name]))
+    results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    fresh = [t for t in results if not any(t is c for c in changed)]
+    if packet in GATHER:
+        return size_of(read[1:]) + 2 * size_of(fresh)
+    if packet in SCATTER:
+        return 2 * size_of(read[1:]) + size_of(read[1:2])
+    return size_of(read) + size_of(changed) + size_of(fresh)
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    formula = FORMULAS.get(func._overloadpacket)
+    operands = [a for a in args if not isinstance(a, torch.dtype)]  # the formulas know no dtype of the result
+    flops = 0.0 if formula is None else float(formula(*operands, out_val=out))
+    return flops / 2 if "scaled_dot_product" in str(func) else flops  # causal: half of the scores
+
+
+def _of_inductor(kernel: Any, args: Any, options: Any) -> tuple[str, float, float]:
+    size = kernel.inductor_meta.get("kernel_num_gb")
+    return (
+        f"inductor {kernel.inductor_meta.get('kernel_name', kernel.fn.__name__)}",
+        size_of(args) if size is None else 1e9 * size,
+        float(kernel.inductor_meta.get("kernel_flop") or 0),
+    )
+
+
+def _of_triton(kernel: Any, args: Any, options: Any) -> tuple[str, float, float]:
+    return f"triton {kernel.fn.__name__}", size_of([*args, *options.values()]), 0.0

@@ -1,0 +1,3 @@
+// As cuda_fp16.h here.
+#pragma once
+struct __nv_bfloat16;

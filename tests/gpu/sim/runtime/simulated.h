@@ -1,0 +1,23 @@
+// What the stand-in libraries share: the counters and the simulated card. Both live in the stand-in of libcudart.
+#pragma once
+#include <cstddef>
+#include <string>
+
+struct Card {
+  const char* key;                   // the value of SIM_GPU_CARD
+  const char* name;                  // as the driver reports it
+  int capability;                    // 90 is sm_90
+  int processors;                    // streaming multiprocessors
+  int threads_per_processor;
+  size_t shared_memory_per_block;    // the most that a kernel can opt in to
+  size_t memory_gib;
+};
+
+extern "C" {
+// Adds to the counter `name`: how often it happened, and how many bytes that moved (0 if it moves none).
+void sim_count(const char* name, long number, long bytes);
+const Card* sim_card();
+int sim_device_count();
+}
+
+inline void count(const std::string& name, long bytes = 0) { sim_count(name.c_str(), 1, bytes); }

@@ -18,7 +18,7 @@ from model.loss import IGNORE, Loss, full_logits, linear_cross_entropy
 from model.moe import FeedForward, MoE, router_statistics
 from model.norm import RMSNorm
 from model.precision import cast
-from model.random import ATTENTION, EMBEDDING, FEED_FORWARD, Window, dropout, initial_normal, site_keys
+from model.random import ATTENTION, EMBEDDING, FEED_FORWARD, Window, dropout, initial_normal
 
 
 class Output(NamedTuple):
@@ -125,9 +125,9 @@ class Transformer(nn.Module):
     ) -> Output:
         """Loss of tokens (B, S) against targets (B, S), or logits without targets.
 
-        positions (B or 1, S) default to 0..S-1; documents (B, S) keep attention inside each story; keys (B,) are the
-        sequences' random keys (`sequence_keys`), None for no dropout and no noise; shares (MoE layers, E) are the load
-        shares of the global batch that the auxiliary loss takes.
+        positions (B or 1, S) default to 0..S-1; documents (B, S) keep attention inside each story; keys
+        (n_layers + 1, SITES, B) are the random keys of all sites (`site_keys`), None for no dropout and no noise;
+        shares (MoE layers, E) are the load shares of the global batch that the auxiliary loss takes.
 
         With a cache the tokens are first prompts, padded on the right to the longest, then (B, 1) a step; a row is one
         document, and the logits (B, 1, V) are those after its last token.
@@ -142,12 +142,11 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.compute_dtype)
         dropped = self.training and self.config.attention_dropout > 0
         places = Places.of(self.config, x, positions, documents, dropped)
-        sites = None if keys is None else self.site_keys(keys, x.device)
-        x = dropout(x, self.config.dropout, None if sites is None else sites[0, EMBEDDING])
+        x = dropout(x, self.config.dropout, None if keys is None else keys[0, EMBEDDING])
         loads: list[Tensor] = []
         router_logits: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            layer_keys = None if sites is None else sites[i + 1]
+            layer_keys = None if keys is None else keys[i + 1]
             x, load, of_router = block(x, places, real, layer_keys, cache.layers[i] if cache else None)
             if load is not None and of_router is not None:
                 loads.append(load)
@@ -159,13 +158,6 @@ class Transformer(nn.Module):
         penalty = (self.config.z_loss_weight * statistics[:, 1] + self.config.aux_loss_weight * statistics[:, 2]).sum()
         loss, logits = (None, result) if targets is None else (result, None)
         return Output(loss, logits, load, penalty, statistics)
-
-    def site_keys(self, keys: Tensor, device: torch.device) -> Tensor:
-        """Sequence keys (B,) -> (n_layers + 1, SITES, B) on `device`; from the CPU they are copied without a wait."""
-        sites = site_keys(keys, self.config.n_layers)
-        if device.type == "cuda" and keys.device.type == "cpu":
-            sites = sites.pin_memory()
-        return sites.to(device, non_blocking=True)
 
     def statistics(self, logits: list[Tensor], real: Tensor, shares: Tensor | None) -> Tensor:
         """The statistics (MoE layers, 3) of the routers' logits (T, E): of all layers together, for they are small."""

@@ -16,7 +16,7 @@ from data.loader import Batch, Step
 from model.config import ModelConfig
 from model.moe import Router
 from model.precision import weights_unchanged
-from model.random import place_seed, sequence_keys
+from model.random import place_seed, sequence_keys, site_keys
 from model.transformer import Output, Transformer
 from parallel import fsdp, gradients
 from parallel.experts import Owners
@@ -120,7 +120,10 @@ def forward(run: Run, micro_batch: Batch, shares: Tensor | None = None) -> Outpu
     """The model on a micro-batch of this step, with the step's random numbers."""
     b, model = micro_batch.to(run.device), run.config.model
     random = model.dropout > 0 or model.noisy_top_k
-    keys = sequence_keys(run.config.train.seed, run.step, micro_batch.index) if random else None
+    keys = None
+    if random:  # made on the CPU, where so few numbers cost less than the launches of their operations
+        keys = site_keys(sequence_keys(run.config.train.seed, run.step, micro_batch.index), model.n_layers)
+        keys = to_device(keys, run.device)
     return run.model(b.tokens, b.targets, b.positions, b.documents, keys, shares=shares)
 
 

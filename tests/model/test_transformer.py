@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from model.attention import rope_frequencies, rotate
 from model.config import ModelConfig, RopeScaling
 from model.loss import IGNORE
-from model.random import sequence_keys
+from model.random import sequence_keys, site_keys
 from model.transformer import Transformer
 
 SMALL = dict(
@@ -111,11 +111,11 @@ def test_tied_head_is_one_parameter_with_both_gradients():
 
 def test_dropout_does_not_depend_on_the_micro_batch():
     model, tokens = make(dropout=0.2), random_tokens(4)
-    keys = sequence_keys(0, 3, torch.arange(4))
+    keys, others = (site_keys(sequence_keys(0, step, torch.arange(4)), model.config.n_layers) for step in (3, 4))
     whole = model(tokens, keys=keys).logits
-    parts = [model(tokens[i : i + 2], keys=keys[i : i + 2]).logits for i in (0, 2)]
+    parts = [model(tokens[i : i + 2], keys=keys[..., i : i + 2]).logits for i in (0, 2)]
     torch.testing.assert_close(torch.cat(parts), whole)
-    assert not torch.allclose(model(tokens, keys=sequence_keys(0, 4, torch.arange(4))).logits, whole)
+    assert not torch.allclose(model(tokens, keys=others).logits, whole)
     assert torch.equal(model(tokens).logits, make()(tokens).logits)
 
 

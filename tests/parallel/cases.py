@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.moe import Experts, MoE
-from model.random import sequence_keys
+from model.random import sequence_keys, site_keys
 from parallel import fsdp, gradients, mesh
 from parallel.experts import Exchange, Owners, _Leg, distribute, logical
 from parallel.mesh import World, degrees, make_mesh
@@ -292,8 +292,9 @@ def compiled(**keys):
             documents = torch.sort(torch.randint(0, 4, (2, 16), generator=g)).values
             positions = torch.arange(16)[None].expand(2, -1)
             torch.manual_seed(number)
+            keys = site_keys(sequence_keys(0, number, torch.arange(2)), model.config.n_layers)
             with mock.patch.object(torch._inductor.config, "compile_threads", 1):
-                loss = model(tokens, tokens, positions, documents, sequence_keys(0, number, torch.arange(2))).loss
+                loss = model(tokens, tokens, positions, documents, keys).loss
                 loss.backward()
             losses.append(loss.item())
             graphs.append(counters["stats"]["unique_graphs"])

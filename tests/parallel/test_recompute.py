@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from model.attention import Places
 from model.config import ModelConfig
-from model.random import sequence_keys
+from model.random import sequence_keys, site_keys
 from parallel import fsdp
 from trainer.memory import kept_numbers
 
@@ -53,7 +53,8 @@ def test_each_mode_keeps_less_and_what_the_plan_says(layer, keys):
 def test_loss_and_gradients_stay(mode, keys, documents):
     """With dropout everywhere, within documents and chunks too."""
     tokens = torch.randint(0, 40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    random, shares, results = sequence_keys(0, 0, torch.arange(ROWS)), torch.full((1, 4), 0.25), []
+    random = site_keys(sequence_keys(0, 0, torch.arange(ROWS)), SHAPE["n_layers"])
+    shares, results = torch.full((1, 4), 0.25), []
     for one in ("none", mode):
         model = build(one, dropout=0.1, attention_dropout=0.1, **keys)
         torch.manual_seed(5)  # of attention's dropout, which the second run must draw alike

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from model.loss import IGNORE, Loss, linear_cross_entropy
 from model.moe import grouped_product
 from model.precision import weights_unchanged
-from model.random import dropout, fold, normal, random_bytes, sequence_keys
+from model.random import dropout, fold, normal, random_bytes, sequence_keys, site_keys
 from model.transformer import Transformer
 from parallel import fsdp
 from parallel import gradients as reduction
@@ -121,7 +121,8 @@ def liger_loss(device: torch.device) -> tuple[Loss | None, str | None]:
 def forward(model: Transformer, config: Config, batch: Batch) -> tuple[Tensor, Tensor]:
     """What training takes the gradient of, summed over the targets; and the experts' loads (layers, E)."""
     random = config.model.dropout > 0 or config.model.noisy_top_k
-    output = model(batch.tokens, batch.targets, batch.positions, batch.documents, batch.keys if random else None)
+    keys = site_keys(batch.keys, config.model.n_layers) if random else None
+    output = model(batch.tokens, batch.targets, batch.positions, batch.documents, keys)
     assert output.loss is not None
     return output.loss + output.penalty, output.loads
 

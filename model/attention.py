@@ -137,7 +137,7 @@ class Attention(nn.Module):
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         p = self.config.attention_dropout if self.training else 0.0
         grouped = self.kv_heads != self.heads
-        if grouped and not shares_keys(q):
+        if grouped and q.device.type == "cuda" and not has_flash(q.dtype, torch.cuda.get_device_capability(q.device)):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
             grouped = False
         return F.scaled_dot_product_attention(
@@ -145,12 +145,10 @@ class Attention(nn.Module):
         )
 
 
-def shares_keys(q: Tensor) -> bool:
-    """Whether fused attention takes fewer key heads than query heads for queries like q.
+def has_flash(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether a CUDA device of this capability has flash attention.
 
-    On CUDA flash attention alone does, and it needs bf16 or fp16 and sm80. Without it torch would fall back to products
-    that hold S x S scores.
+    It is the one kernel that takes fewer key heads than query heads; without it torch would fall back to products that
+    hold S x S scores.
     """
-    if q.device.type != "cuda":
-        return True
-    return q.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0)

@@ -203,11 +203,17 @@ def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     return dtype == torch.bfloat16 and capability[0] in (9, 10)
 
 
-def leaves_idle_gradients(device: torch.device) -> bool:
-    """Whether the weight gradient of an empty group may be what lay in memory, as CUTLASS before 4.3 did on sm_100
+def leaves_idle_gradients(capability: tuple[int, int]) -> bool:
+    """Whether the weight gradient of an empty group may be what lay in memory, as with CUTLASS before 4.3 on sm_100
     (NVIDIA/cutlass#2674, pytorch/pytorch#172439).
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    return capability[0] == 10
+
+
+def clear_idle(gradient: Tensor, offsets: Tensor) -> None:
+    """Zero the gradient (G, K, N) of empty groups, whose rows end at offsets (G,)."""
+    idle = offsets.diff(prepend=offsets.new_zeros(1)) == 0
+    gradient.masked_fill_(idle[:, None, None], 0)
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -225,9 +231,8 @@ class _GroupedProduct(torch.autograd.Function):
         grad = grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)  # strides of empty ones count too
         to_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
         to_weight = F.grouped_mm(rows.t(), grad, offs=offsets) if ctx.needs_input_grad[1] else None
-        if to_weight is not None and leaves_idle_gradients(grad.device):
-            idle = offsets.diff(prepend=offsets.new_zeros(1)) == 0
-            to_weight.masked_fill_(idle[:, None, None], 0)
+        if to_weight is not None and grad.is_cuda and leaves_idle_gradients(torch.cuda.get_device_capability()):
+            clear_idle(to_weight, offsets)
         return to_rows, to_weight, None
 
 

@@ -1,6 +1,10 @@
+from unittest import mock
+
+import pytest
 import torch
 
-from model.random import dropout, fold, initial_normal, normal, random_bytes, sequence_keys
+from model import random
+from model.random import SITES, dropout, fold, initial_normal, normal, random_bytes, sequence_keys, site_keys
 
 
 def test_initial_values_are_the_same_in_any_window():
@@ -57,3 +61,38 @@ def test_normal_numbers_are_normal_and_belong_to_their_key():
     assert abs((x.abs() < 1).float().mean() - 0.6827) < 0.01 and 4 < x.abs().max() < 6
     assert torch.equal(normal(torch.tensor([7]), 5000)[0], x[7])
     assert abs(torch.corrcoef(x).fill_diagonal_(0)).max() < 0.08
+
+
+def test_large_weights_are_drawn_in_blocks_of_rows(monkeypatch):
+    """No more than a block is drawn at a time, any window holds the values of the whole, and rows differ."""
+    monkeypatch.setattr(random, "BLOCK_NUMBERS", 12)  # three rows of four numbers
+    shape = (10, 4)
+    drawn, draw = [], random._normal
+    monkeypatch.setattr(random, "_normal", lambda place, shape, std: (drawn.append(shape), draw(place, shape, std))[1])
+    whole = initial_normal(3, "x", shape, 0.5, [(0, 10), (0, 4)])
+    assert whole.shape == shape and len(whole.unique()) == 40 and max(rows for rows, _ in drawn) == 3
+    for window in ([(2, 7), (0, 4)], [(9, 10), (1, 3)], [(3, 3), (0, 4)], [(0, 10), (2, 2)]):
+        cut = tuple(slice(a, b) for a, b in window)
+        assert torch.equal(initial_normal(3, "x", shape, 0.5, window), whole[cut])
+    drawn.clear()
+    initial_normal(3, "x", shape, 0.5, [(3, 6), (0, 4)])
+    assert drawn == [(3, 4)]
+
+
+def test_keys_of_all_sites_are_those_folded_one_by_one():
+    keys = sequence_keys(5, 9, torch.tensor([0, 3, 1 << 40]))
+    table = site_keys(keys, 2)
+    assert table.shape == (3, SITES, 3)
+    for site in range(SITES):
+        assert torch.equal(table[0, site], fold(keys, site))
+        for layer in (1, 2):
+            assert torch.equal(table[layer, site], fold(fold(keys, layer), site))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+def test_compiled_dropout_draws_the_same_numbers():
+    """Which are drawn byte by byte there, since a kernel cannot view words as bytes."""
+    keys, x = sequence_keys(1, 2, torch.arange(3)), torch.randn(3, 37, 5)
+    with mock.patch.object(torch._inductor.config, "compile_threads", 1):
+        assert torch.equal(torch.compile(dropout)(x, 0.1, keys), dropout(x, 0.1, keys))

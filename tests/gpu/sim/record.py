@@ -33,6 +33,7 @@ class Recorder:
         self.seconds: list[tuple[str, float]] = []  # of those and of the warm step before
         self.roofline = Roofline()
         self.micro_batch = 0  # of the step, from 1 on
+        self.memory: dict[str, int] = {}  # the peaks up to the counted step
 
     def install(self) -> None:
         # Inductor says with each kernel what it reads and writes
@@ -53,6 +54,9 @@ class Recorder:
         self._close()
         if self.step == LAST and phase == "saving":
             self._end()
+        if step == LAST and not self.memory:
+            found = torch.cuda.memory_stats()
+            self.memory = {key: found[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")}
         if step is not None:
             self.step, self.micro_batch = step, 0
         else:
@@ -79,13 +83,12 @@ class Recorder:
 
     def _end(self) -> None:
         if os.environ.get("RANK", "0") == "0":
-            memory = torch.cuda.memory_stats()
             self.path.write_text(
                 json.dumps({
                     "ranks": int(os.environ.get("WORLD_SIZE", "1")),
                     "phases": self.counts,
                     "seconds": self.seconds,
-                    "memory": {key: memory[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")},
+                    "memory": self.memory,
                     "costs": [asdict(cost) for cost in self.roofline.costs.values()],
                 })
             )

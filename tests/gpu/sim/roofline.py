@@ -100,9 +100,8 @@ class Roofline(TorchDispatchMode):
         before, inside = report.launches(), self._attributed
         out = func(*args, **kwargs)
         if launches := report.launches() - before - (self._attributed - inside):
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            # A product of bf16 matrices may add to one of fp32: all operands say at which rate it runs.
-            rate = FLOPS_FP32 if tensors and all(t.dtype == torch.float32 for t in tensors) else FLOPS
+            dtypes = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)}
+            rate = FLOPS if dtypes & {torch.bfloat16, torch.float16} else FLOPS_FP32  # sums may be wider than factors
             flops = flops_of(func, args, kwargs, out)
             self.add(str(func._overloadpacket), launches, bytes_of(func, args, kwargs, out), flops, rate)
         return out
@@ -164,8 +163,10 @@ def bytes_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     formula = FORMULAS.get(func._overloadpacket)
-    operands = [a for a in args if not isinstance(a, torch.dtype)]  # the formulas know no dtype of the result
-    flops = 0.0 if formula is None else float(formula(*operands, out_val=out))
+    if formula is None:
+        return 0.0
+    args = [a for a in args if not isinstance(a, torch.dtype)]  # of the result; the formulas do not know it
+    flops = float(formula(*args, **kwargs, out_val=out))
     return flops / 2 if "scaled_dot_product" in str(func) else flops  # causal: half of the scores
 
 

@@ -14,7 +14,9 @@ STEPS = 2
 COMMON = (
     "eval.batches=1", "eval.final=1", "log.every=1", "log.wandb=disabled", "sample.max_new_tokens=3",
     "sample.prompts=[Tom]", "train.warmup_steps=1", "run.timeout=300",
+    "train.compile=false",  # which the cases named so turn on: compiling for each of many ranks takes minutes here
 )  # fmt: skip
+COMPILED = "train.compile=auto"  # as it is on a GPU by default
 SKIP_DRAWING = {"SIM_INIT": "0"}  # of initial weights, for large models
 CUT = ("model.n_layers=2", "model.expert_dim=512")  # a checkpoint of 1 GB instead of 15
 CUT_17B = ("model.n_layers=2", "model.expert_dim=1024", "model.nope_every=2", "data.seq_len=1024")
@@ -64,17 +66,18 @@ CASES = (
     small("recompute full", 2, "train.recompute=full"),
     small("recompute full, 1 GPU", 1, "train.recompute=full"),
     small("recompute full, expert 1", 2, "train.recompute=full", "parallel.expert=1"),
-    small("compile", 2, "train.compile=true"),
-    small("compile, T4", 1, "train.compile=true", card="T4"),
+    small("compile", 2, COMPILED),
+    small("compile, recompute full", 2, COMPILED, "train.recompute=full"),
+    small("compile, T4", 1, COMPILED, card="T4"),
     small("liger", 2, "train.liger=true"),
-    small("liger and compile, A100", 1, "train.liger=true", "train.compile=true", card="A100"),
+    small("liger and compile, A100", 1, "train.liger=true", COMPILED, card="A100"),
     small("async_save", 2, "checkpoint.async_save=true", "checkpoint.every=1", again=1),
     small("top-2, noise, losses", 2, "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01"),
     small("tied, GQA, dense", 2, "model.tie_embeddings=true", "model.n_kv_heads=1", "model.moe_every=0"),
     small("deterministic", 1, "run.deterministic=true"),
     Case("skewed routing", Machine(4), ("parallel.expert=4",), extra={"SIM_SKEW": "1"}),
     Case("kaggle.yaml, 2 T4", Machine(2, "T4"), ("train.global_batch_size=32",), "kaggle", extra=SKIP_DRAWING),
-    Case("scout.yaml, 1 GPU", Machine(), ("train.global_batch_size=16",), "scout", extra=SKIP_DRAWING),
+    Case("scout.yaml, 1 GPU, compile", Machine(), ("train.global_batch_size=16", COMPILED), "scout", extra=SKIP_DRAWING),
     eight("scout.yaml, 8 GPUs, expert 8", "parallel.expert=8"),
     eight("scout.yaml cut, 8 GPUs, expert 8", "parallel.expert=8", *CUT, again=4),
     eight("scout.yaml cut, 8 GPUs, expert 4", "parallel.expert=4", *CUT),

@@ -5,6 +5,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
@@ -315,3 +316,22 @@ def whole_experts(**keys):
         if ".experts." in name:
             found[name] = tuple(fsdp.local(p).shape), tuple(logical(model, name, p).shape)
     return found
+
+
+def recomputed_on_one_rank(mode):
+    """Loss of a model that FSDP wraps on a world of one rank in bf16, whether its gradients are finite, and its units.
+
+    A run of one process is not wrapped. Here it is, since ranges of FSDP inside of what is recomputed, which differ the
+    second time, showed on any number of ranks on CUDA, but on a CPU on one rank alone.
+    """
+    from tests.gpu.check.project import one_rank_world
+
+    cpu = torch.device("cpu")
+    with one_rank_world(cpu) as layout:
+        model = fsdp.build(ModelConfig(**SMALL), VOCAB, 3, cpu, torch.bfloat16, layout, again=mode).train()
+        tokens = torch.arange(32).view(2, 16) % VOCAB
+        loss = model(tokens, tokens).loss
+        loss.backward()
+        finite = all(bool(fsdp.local(p.grad).isfinite().all()) for p in model.parameters())
+        units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return loss.item(), finite, units

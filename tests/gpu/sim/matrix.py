@@ -77,7 +77,7 @@ CASES = (
     small("deterministic", 1, "run.deterministic=true"),
     Case("skewed routing", Machine(4), ("parallel.expert=4",), extra={"SIM_SKEW": "1"}),
     Case("kaggle.yaml, 2 T4", Machine(2, "T4"), ("train.global_batch_size=32",), "kaggle", extra=SKIP_DRAWING),
-    Case("scout.yaml, 1 GPU, compile", Machine(), ("train.global_batch_size=16", COMPILED), "scout", extra=SKIP_DRAWING),
+    Case("scout.yaml, compile", Machine(), ("train.global_batch_size=16", COMPILED), "scout", extra=SKIP_DRAWING),
     eight("scout.yaml, 8 GPUs, expert 8", "parallel.expert=8"),
     eight("scout.yaml cut, 8 GPUs, expert 8", "parallel.expert=8", *CUT, again=4),
     eight("scout.yaml cut, 8 GPUs, expert 4", "parallel.expert=4", *CUT),

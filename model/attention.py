@@ -106,7 +106,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, D) -> q (B, S, H, head_dim), k, v (B, S, KV, head_dim)."""
-        qkv = F.linear(x, cast(self.wqkv, x.dtype)).unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2 KV, head_dim)
+        return self.position(F.linear(x, cast(self.wqkv, x.dtype)), positions, turn)
+
+    def position(self, qkv: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, S, (H + 2 KV) head_dim) -> as `project`: RoPE and the norm of queries and keys, or their scale."""
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         if self.rope:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             qk = rotate(qk, turn)
@@ -115,10 +119,10 @@ class Attention(nn.Module):
             return *qk.split((self.heads, self.kv_heads), dim=2), v
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.config.temperature_tuning:
-            wide = torch.promote_types(x.dtype, torch.float32)
+            wide = torch.promote_types(q.dtype, torch.float32)
             steps = torch.floor((positions.to(wide) + 1) / self.config.temperature_floor)
             scale = torch.log1p(steps) * self.config.temperature_scale + 1
-            q = (q * scale[..., None, None]).to(x.dtype)
+            q = (q * scale[..., None, None]).to(qkv.dtype)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:

@@ -58,7 +58,11 @@ class FeedForward(nn.Module):
 
     def widen(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., F)."""
-        return swiglu(F.linear(x, cast(self.gate_up, x.dtype)))
+        return self.activate(F.linear(x, cast(self.gate_up, x.dtype)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """x (..., 2F) -> (..., F)."""
+        return swiglu(x)
 
     def narrow(self, hidden: Tensor) -> Tensor:
         """hidden (..., F) -> (..., D)."""

@@ -1,9 +1,9 @@
 """torch.compile by parts, each alone: what has no message and no choice in it.
 
-Before attention: the norm, the projection to queries, keys and values, RoPE. After it: dropout, the residual sum and
-the second norm, as one kernel. In the mixture: the rows laid out in expert order, the experts' SwiGLU, their sum with
-the shared expert; the shared expert's two halves; the routers' statistics. In the head: the loss and the gradient of a
-chunk of logits. Products, attention, routing and the exchange of rows stay outside.
+A part lies between products, and becomes one kernel or two. Before attention: RoPE with the norm of queries and keys.
+After it: dropout, the residual sum and the second norm. In the mixture: the rows laid out in expert order, SwiGLU, and
+the sum of what the experts made; the statistics of all routers. In the head: the loss and the gradient of a chunk of
+logits. Products, attention, routing and the exchange of rows stay outside.
 
 A part is compiled at its first use in training, and used in training only: evaluation and generation meet many lengths.
 The number of rows that experts receive differs from step to step, so their SwiGLU is compiled for any number.
@@ -22,21 +22,21 @@ from model.transformer import Block, Transformer
 
 
 def compile_parts(model: Transformer) -> None:
-    """Make a model run its parts compiled."""
+    """Make a model run its parts compiled, in training."""
     for block in model.modules():
         if isinstance(block, Block):
             inner = block.feed_forward
-            for method in ("qkv", "join", "add"):
-                _compile(block, method)
+            _compile(block, "join")
+            _compile(block, "add")
+            _compile(block.attention, "position")
             if isinstance(inner, FeedForward):
-                _compile(inner, "forward")
+                _compile(inner, "activate")
             elif isinstance(inner, MoE):
                 _compile(inner, "permute")
                 _compile(inner, "combine")
                 _compile(inner.experts, "activate", dynamic=True)
                 if inner.shared is not None:
-                    _compile(inner.shared, "widen")
-                    _compile(inner.shared, "narrow")
+                    _compile(inner.shared, "activate")
     _compile(model, "statistics")
     model.head.loss = partial(linear_cross_entropy, gradient=torch.compile(chunk_gradient, dynamic=False))
 

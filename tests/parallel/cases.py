@@ -293,9 +293,9 @@ def compiled(**keys):
             documents = torch.sort(torch.randint(0, 4, (2, 16), generator=g)).values
             positions = torch.arange(16)[None].expand(2, -1)
             torch.manual_seed(number)
-            keys = site_keys(sequence_keys(0, number, torch.arange(2)), model.config.n_layers)
+            sites = site_keys(sequence_keys(0, number, torch.arange(2)), model.config.n_layers)
             with mock.patch.object(torch._inductor.config, "compile_threads", 1):
-                loss = model(tokens, tokens, positions, documents, keys).loss
+                loss = model(tokens, tokens, positions, documents, sites).loss
                 loss.backward()
             losses.append(loss.item())
             graphs.append(counters["stats"]["unique_graphs"])

@@ -38,14 +38,19 @@ class Case:
 
 def small(name: str, ranks: int, *words: str, card: str = "H100", again: int | None = None) -> Case:
     """A run of launch/tiny.yaml, resumed on `again` ranks."""
-    resumed = (Machine(again, card), words) if again else None
+    resumed = (Machine(again, card), without_layout(words)) if again else None
     return Case(name, Machine(ranks, card), words, again=resumed)
+
+
+def without_layout(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings of a run that resumes on another number of ranks."""
+    return tuple(word for word in words if not word.startswith("parallel."))
 
 
 def eight(name: str, *words: str, config: str = "scout", nodes: int = 1, again: int | None = None) -> Case:
     """A run of a large model on eight H100, of one micro-batch a rank; resumed on `again` ranks."""
     rows = ("train.global_batch_size=16", "train.micro_batch_size=2")
-    resumed = (Machine(again), (*rows, *(w for w in words if not w.startswith("parallel.")))) if again else None
+    resumed = (Machine(again), (*rows, *without_layout(words))) if again else None
     return Case(name, Machine(8, nodes=nodes), (*rows, *words), config, resumed, SKIP_DRAWING)
 
 
@@ -74,7 +79,7 @@ CASES = (
     small("async_save", 2, "checkpoint.async_save=true", "checkpoint.every=1", again=1),
     small("top-2, noise, losses", 2, "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01"),
     small("tied, GQA, dense", 2, "model.tie_embeddings=true", "model.n_kv_heads=1", "model.moe_every=0"),
-    small("deterministic", 1, "run.deterministic=true"),
+    small("deterministic, compile", 1, "run.deterministic=true", COMPILED),
     Case("skewed routing", Machine(4), ("parallel.expert=4",), extra={"SIM_SKEW": "1"}),
     Case("kaggle.yaml, 2 T4", Machine(2, "T4"), ("train.global_batch_size=32",), "kaggle", extra=SKIP_DRAWING),
     Case("scout.yaml, compile", Machine(), ("train.global_batch_size=16", COMPILED), "scout", extra=SKIP_DRAWING),

@@ -23,6 +23,14 @@ def set_defaults() -> None:
     if not any(name in os.environ for name in names) and segments_can_grow(platform.release()):
         # the number of rows that an expert gets changes in each step, which fragments segments of a fixed size
         os.environ[names[0]] = "expandable_segments:True"
+    # Inductor would start up to 32 processes for each rank, each with a torch of its own, for a dozen small kernels.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compile_processes(os.cpu_count() or 1)))
+
+
+def compile_processes(cores: int) -> int:
+    """Processes that compile kernels for this rank: its share of the cores, at most eight."""
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(8, cores // max(1, int(local_ranks) if local_ranks.isdigit() else 1)))
 
 
 def segments_can_grow(kernel: str) -> bool:

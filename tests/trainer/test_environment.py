@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.environment import segments_can_grow
+from trainer.environment import compile_processes, segments_can_grow
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["NCCL_LAUNCH_ORDER_IMPLICIT", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CPP_LOG_LEVEL"]
@@ -39,6 +39,12 @@ def test_what_the_user_has_set_stays():
     user = {"NCCL_LAUNCH_ORDER_IMPLICIT": "0", "TORCH_CPP_LOG_LEVEL": "INFO"}
     user["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:64"
     assert environment_of("trainer.main", **user) == ["0", None, "max_split_size_mb:64", "INFO"]
+
+
+@pytest.mark.parametrize("cores, ranks, processes", [(2, "1", 2), (2, "4", 1), (4, "2", 2), (224, "8", 8), (1, "x", 1)])
+def test_ranks_share_the_cores_for_compiling(monkeypatch, cores, ranks, processes):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert compile_processes(cores) == processes
 
 
 def test_segments_of_gpu_memory_do_not_grow_on_wsl():

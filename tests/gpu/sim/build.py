@@ -1,7 +1,7 @@
 """Builds the stand-in libraries from runtime/, for the torch that runs this: python -m tests.gpu.sim.build FOLDER
 
-Each has the name and every symbol of the real one. What runtime/ does not define is generated: it returns 0 and is
-counted. The headers come with the packages that the CUDA build of torch brings.
+Each has the name and every symbol of the real one (libnvidia-ml: those that torch asks for). What runtime/ does not
+define is generated: it returns 0 and is counted. The headers come with the packages of the CUDA build of torch.
 """
 
 import importlib.util
@@ -12,8 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 RUNTIME = Path(__file__).parent / "runtime"
-PRELOADED = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libnccl.so.2", "libcuda.so.1")
-SOURCES = dict(zip(PRELOADED, ("cudart", "cublaslt", "cublas", "nccl", "driver"), strict=True))
+DRIVER = "libcuda.so.1"
+SOURCES = {
+    "libcudart.so.13": "cudart",
+    "libcublasLt.so.13": "cublaslt",
+    "libcublas.so.13": "cublas",
+    "libnccl.so.2": "nccl",
+    DRIVER: "driver",
+    "libnvidia-ml.so.1": "nvml",
+}
+PRELOADED = tuple(SOURCES)
 PRODUCT = re.compile(r"gemm|gemv|ltmatmul$|trsm|axpy|scal|dot", re.IGNORECASE)  # functions that launch a kernel
 
 
@@ -27,7 +35,7 @@ def build(folder: Path) -> None:
     packages = nvidia_packages()
     for name in PRELOADED:
         real = next(packages.glob(f"*/lib/{name}"), None)
-        symbols = driver_symbols(packages) if real is None else exported(real)
+        symbols = driver_symbols(packages) if name == DRIVER else exported(real) if real else {}
         build_one(folder, name, symbols, [RUNTIME / "headers", *packages.glob("*/include")])
 
 

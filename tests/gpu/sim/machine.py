@@ -56,8 +56,6 @@ class Simulation:
     def environment(self, machine: Machine, shared: str) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SIM_GPU_")}
         environment |= {
-            # The stand-ins have no virtual memory management. The peak of what is allocated is the same without.
-            "PYTORCH_ALLOC_CONF": "expandable_segments:False",
             "LD_PRELOAD": ":".join(str(self.libraries / name) for name in PRELOADED),
             "TRITON_LIBCUDA_PATH": str(self.libraries),
             "SIM_GPU_CARD": machine.card,

@@ -12,6 +12,7 @@
 // locked memory is low).
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -193,6 +194,29 @@ const Card* sim_card() {
 }
 
 int sim_device_count() { return old_driver() ? 0 : setting("SIM_GPU_COUNT", 1); }
+
+// virtual memory management, for the driver's stand-in
+
+void* sim_reserve(size_t size) {
+  void* start = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return start == MAP_FAILED ? nullptr : start;
+}
+void sim_unreserve(void* start, size_t size) { munmap(start, size); }
+bool sim_take_memory(int on, size_t size) {
+  if (used[on] + size > memory_of_card()) return false;
+  used[on] += size;
+  return true;
+}
+void sim_return_memory(int on, size_t size) { used[on] -= size; }
+void sim_map(void* start, size_t size, int on) {
+  std::lock_guard<std::mutex> guard(mutex);
+  blocks()[(char*)start] = {size, cudaMemoryTypeDevice, on, false};
+}
+void sim_unmap(void* start, size_t size) {
+  std::lock_guard<std::mutex> guard(mutex);
+  auto& all = blocks();
+  all.erase(all.lower_bound((char*)start), all.lower_bound((char*)start + size));
+}
 
 // kernels: nvcc's code registers each before main, and launches it by the address of its host function
 
@@ -463,7 +487,8 @@ const char* cudaGetErrorName(cudaError_t e) { return cudaGetErrorString(e); }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              enum cudaDriverEntryPointQueryResult* result) {
   count(std::string("call ") + name);
-  *function = (void*)nothing;
+  void* found = dlsym(RTLD_DEFAULT, name);
+  *function = found ? found : (void*)nothing;
   if (result) *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -7,6 +7,10 @@
 
 #undef cuDevicePrimaryCtxGetState
 
+struct Memory {  // what a CUmemGenericAllocationHandle points to
+  size_t size;
+  int device;
+};
 struct Kernel {
   std::string name;
 };
@@ -47,6 +51,36 @@ CUresult cuLaunchKernel(CUfunction function, unsigned, unsigned, unsigned, unsig
                         void**, void**) {
   return launch(function);
 }
+// Virtual memory management: the allocator's expandable segments.
+CUresult cuMemAddressReserve(CUdeviceptr* start, size_t size, size_t, CUdeviceptr, unsigned long long) {
+  *start = (CUdeviceptr)sim_reserve(size);
+  return *start ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemAddressFree(CUdeviceptr start, size_t size) { sim_unreserve((void*)start, size); return CUDA_SUCCESS; }
+CUresult cuMemGetAllocationGranularity(size_t* size, const CUmemAllocationProp*, CUmemAllocationGranularity_flags) {
+  *size = 2 << 20;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size, const CUmemAllocationProp* properties,
+                     unsigned long long) {
+  int device = properties->location.id;
+  if (!sim_take_memory(device, size)) return CUDA_ERROR_OUT_OF_MEMORY;
+  count("cuMemCreate", size);
+  *handle = (CUmemGenericAllocationHandle) new Memory{size, device};
+  return CUDA_SUCCESS;
+}
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+  Memory* memory = (Memory*)handle;
+  sim_return_memory(memory->device, memory->size);
+  delete memory;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemMap(CUdeviceptr start, size_t size, size_t, CUmemGenericAllocationHandle handle, unsigned long long) {
+  sim_map((void*)start, size, ((Memory*)handle)->device);
+  return CUDA_SUCCESS;
+}
+CUresult cuMemUnmap(CUdeviceptr start, size_t size) { sim_unmap((void*)start, size); return CUDA_SUCCESS; }
+CUresult cuMemSetAccess(CUdeviceptr, size_t, const CUmemAccessDesc*, size_t) { return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int* n, CUfunction, const CUlaunchConfig*) { *n = 1; return CUDA_SUCCESS; }
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute, CUdeviceptr pointer) {
   *(CUdeviceptr*)value = pointer;

@@ -18,6 +18,13 @@ extern "C" {
 void sim_count(const char* name, long number, long bytes);
 const Card* sim_card();
 int sim_device_count();
+// Virtual memory management: ranges of addresses, physical memory, and the one mapped into the other.
+void* sim_reserve(size_t size);
+void sim_unreserve(void* start, size_t size);
+bool sim_take_memory(int device, size_t size);  // false if the card has no more
+void sim_return_memory(int device, size_t size);
+void sim_map(void* start, size_t size, int device);
+void sim_unmap(void* start, size_t size);
 }
 
 inline void count(const std::string& name, long bytes = 0) { sim_count(name.c_str(), 1, bytes); }

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.cache import LayerCache
 from model.config import ModelConfig, RopeScaling
@@ -113,9 +114,11 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         if self.rope:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-            qk = rotate(qk, turn)
-            if self.config.qk_norm:
-                qk = rms_norm(qk, None, self.config.norm_eps)
+            if torch.compiler.is_compiling():
+                # The backward turns them again from the projection, which v keeps alive as a view of it.
+                qk = checkpoint(self.turn, qk, turn, use_reentrant=False)
+            else:
+                qk = self.turn(qk, turn)
             return *qk.split((self.heads, self.kv_heads), dim=2), v
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.config.temperature_tuning:
@@ -124,6 +127,11 @@ class Attention(nn.Module):
             scale = torch.log1p(steps) * self.config.temperature_scale + 1
             q = (q * scale[..., None, None]).to(qkv.dtype)
         return q, k, v
+
+    def turn(self, qk: Tensor, turn: Tensor) -> Tensor:
+        """Queries and keys (B, S, H + KV, head_dim) at their positions."""
+        qk = rotate(qk, turn)
+        return rms_norm(qk, None, self.config.norm_eps) if self.config.qk_norm else qk
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
         """What `project` gave -> (B, S, D)."""

@@ -82,17 +82,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(len(hidden), len(weight), hidden.device)
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
-            logits, counts = h @ weight.t(), (t != IGNORE)[:, None]
             if gradient is None:
-                log_p = torch.log_softmax(logits.to(wide), dim=-1).gather(1, t.clamp(min=0)[:, None])
-                loss -= (log_p * counts).sum()
-                continue
-            part, d = gradient(logits, t)
-            loss += part
-            # rows that do not count are cleared where they are short, D numbers instead of V
-            torch.mm(d, weight, out=grad_hidden[start : start + rows])
-            grad_hidden[start : start + rows] *= counts
-            _add_product(grad_weight, d.t(), h * counts)
+                log_p = torch.log_softmax((h @ weight.t()).to(wide), dim=-1).gather(1, t.clamp(min=0)[:, None])
+                loss -= (log_p * (t != IGNORE)[:, None]).sum()
+            else:
+                loss += _chunk(h, weight, t, gradient, grad_hidden[start : start + rows], grad_weight)
         if gradient is not None:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -100,10 +94,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        # Scaled in place, since the gradient of the weight is as large as the head. It happens once: autograd raises an
+        # error when it unpacks saved tensors that were written to, as in a second backward through the same graph.
         grad_hidden, grad_weight = ctx.saved_tensors
         # As a tensor of one dimension the factor keeps its dtype; a scalar would be rounded to that of grad_hidden.
         scale = grad.to(grad_weight.dtype).view(1)
-        return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale).to(ctx.weight_dtype), None, None
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, gradient: ChunkGradient, grad_hidden: Tensor, grad_weight: Tensor
+) -> Tensor:
+    """The loss of a chunk (R, D); writes its gradient to grad_hidden, adds to grad_weight.
+
+    Its logits and their gradient are freed before those of the next chunk are made.
+    """
+    loss, d = gradient(hidden @ weight.t(), targets)
+    # rows that do not count are cleared where they are short, D numbers instead of V
+    counts = (targets != IGNORE)[:, None]
+    torch.mm(d, weight, out=grad_hidden)
+    grad_hidden *= counts
+    _add_product(grad_weight, d.t(), hidden * counts)
+    return loss
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

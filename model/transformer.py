@@ -74,10 +74,7 @@ class Block(nn.Module):
         return x + dropout(h, self.dropout, keys)
 
     def attend(self, x: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
-        return self.attention.attend(*self.qkv(x, places.positions, places.turn), places, cache)
-
-    def qkv(self, x: Tensor, positions: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attention.project(self.attention_norm(x), positions, turn)
+        return self.attention(self.attention_norm(x), places, cache)
 
 
 class Head(nn.Module):
@@ -89,13 +86,16 @@ class Head(nn.Module):
         self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(vocab_size, config.dim))
         self.loss: Loss = linear_cross_entropy
 
-    def forward(self, x: Tensor, targets: Tensor | None, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None, embedding: Tensor | None) -> Tensor:
         """x (B, S, D) -> sum of the loss over targets (B, S); without targets logits (B, S, V).
 
-        embedding (V, D) is the projection where the config ties the two: one parameter, handed in.
+        embedding (V, D) is the projection where the config ties the two: one parameter, handed in. Elsewhere it is
+        None, since FSDP would make a gradient of zeros for an argument that is not used.
         """
         x = self.norm(x)
-        weight = cast(embedding if self.weight is None else self.weight, x.dtype)
+        weight = self.weight if embedding is None else embedding
+        assert weight is not None
+        weight = cast(weight, x.dtype)
         if targets is None:
             return full_logits(x, weight)
         return self.loss(x.flatten(0, 1), weight, targets.flatten())
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
                 loads.append(load)
                 router_logits.append(of_router)
         x = x if cache is None else cache.end(x)
-        result = self.head(x, targets, self.embedding.weight)
+        result = self.head(x, targets, self.embedding.weight if self.config.tie_embeddings else None)
         load = torch.stack(loads) if loads else torch.zeros(0, self.config.n_experts, dtype=torch.int64)
         statistics = self.statistics(router_logits, real, shares)
         penalty = (self.config.z_loss_weight * statistics[:, 1] + self.config.aux_loss_weight * statistics[:, 2]).sum()

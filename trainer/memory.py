@@ -1,8 +1,8 @@
 """How much memory a rank needs at its peak, as a sum of parts that can be looked at one by one.
 
 A step has two moments at which the most is held, with all activations of a micro-batch: in the head, and in the
-backward of the last block. Whichever takes more is the peak. Counted is what torch's allocator hands out on CUDA; rows
-are taken to spread evenly over the experts.
+backward of the last block. Whichever takes more is the peak. Counted is what torch's allocator hands out on CUDA, with
+compiled parts unless train.compile=false; rows are taken to spread evenly over the experts.
 
 Letters: T tokens of a micro-batch, D dim, F hidden, K top-k, V vocabulary; c bytes of a number in the dtype of the
 products. Where c is 4, nothing is cast, and what is said of casts falls away.
@@ -14,7 +14,7 @@ import torch
 
 from data.loader import Share
 from model.config import ModelConfig
-from model.loss import CHUNK_LOGITS, CHUNK_TOKENS
+from model.loss import chunk_rows
 from parallel.experts import Owners
 from parallel.fsdp import SMALL
 from parallel.mesh import Degrees
@@ -66,6 +66,10 @@ class Plan:
     @property
     def world(self) -> int:
         return self.degrees.replicate * self.degrees.shard
+
+    @property
+    def compiled(self) -> bool:
+        return self.config.train.compile is not False  # auto: on CUDA
 
     @property
     def cast(self) -> int:
@@ -136,6 +140,15 @@ class Plan:
         return not self.experts_whole and not self.experts_sharded
 
     @property
+    def copies(self) -> int:
+        """Bytes of the cast weights that are kept for all micro-batches of a step: of those that FSDP does not gather.
+
+        The embedding is not cast.
+        """
+        dense = self.dense - (0 if self.model.tie_embeddings else self.table) if self.world == 1 else 0
+        return self.cast * (dense + (self.all_experts if self.experts_whole else 0))
+
+    @property
     def unit(self) -> int:
         """Weights that FSDP gathers for a block."""
         return self.block + (self.experts if self.experts_inside else 0)
@@ -155,21 +168,17 @@ def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: 
 
 def head_forward(p: Plan) -> Memory:
     """The head's last chunk of logits, and the gradients that it has made so far."""
-    chunk = chunk_rows(p) * p.vocab_size * (4 + 4 + p.cast)  # logits and their softmax in fp32, and its cast
-    gradients = p.table * (4 + p.cast) + p.tokens * p.model.dim * p.c  # a chunk's product is cast and added
-    weights = p.table * p.cast if p.world == 1 else head_weights(p, 0 if p.model.tie_embeddings else p.table)
-    return moment(p, "head, forward", gradients_before(p), weights, chunk + gradients)
-
-
-def chunk_rows(p: Plan) -> int:
-    """Tokens whose logits the head holds at a time."""
-    return min(p.tokens, max(CHUNK_TOKENS, CHUNK_LOGITS["cpu"] // p.vocab_size))
+    logits = chunk_rows(p.tokens, p.vocab_size, torch.device("cuda")) * p.vocab_size
+    wide = 0 if p.compiled or not p.cast else 4 + 4  # uncompiled: besides, the logits and their softmax in fp32
+    gradients = 4 * p.table + p.tokens * p.model.dim * p.c
+    weights = 0 if p.world == 1 else head_weights(p, 0 if p.model.tie_embeddings else p.table)
+    return moment(p, "head, forward", gradients_before(p), weights, logits * (2 * p.c + wide) + gradients)
 
 
 def head_backward(p: Plan) -> Memory:
-    """The gradients of the head are scaled, which makes them anew, and cast; FSDP gathers the last block ahead."""
-    working = p.table * (4 + 4 + p.cast) + 2 * p.tokens * p.model.dim * p.c
-    weights = 0 if p.world == 1 else head_weights(p, p.unit)
+    """The gradient of the head is cast; FSDP gathers the last block ahead."""
+    working = p.table * (4 + p.cast) + 2 * p.tokens * p.model.dim * p.c
+    weights = 0 if p.world == 1 else head_weights(p, p.unit + (p.experts if p.experts_sharded else 0))
     return moment(p, "head, backward", gradients_before(p), weights, working)
 
 
@@ -193,8 +202,6 @@ def block_backward(p: Plan) -> Memory:
     if not model.is_moe(last):
         return moment(p, "last block, backward", gradients, weights, working + 4 * p.tokens * p.c * model.ffn_dim)
     working += expert_backward(p)
-    if p.experts_whole and p.config.train.recompute != "none":
-        weights += p.cast * gate_up(p)  # cast once more
     messages = 2 * p.tokens * model.top_k * p.c * model.dim if p.degrees.expert > 1 else 0
     return moment(p, "last block, backward", gradients, weights, working, messages)
 
@@ -203,19 +210,14 @@ def expert_backward(p: Plan) -> int:
     """What the backward of a layer's experts takes at most, less what it has freed of the activations.
 
     It comes from `down`, whose input of F numbers a row is free by now, to SwiGLU, whose input and gradient have 2 F,
-    and to `gate_up`, whose gradient is made in the dtype of the products and then cast.
+    and to `gate_up`, whose gradient is made in the dtype of the products.
     """
     hidden = p.tokens * p.model.top_k * p.model.expert_dim * p.c
-    to_weights = p.c * (gate_up(p) if p.experts_whole else p.experts)  # FSDP takes the gradients of both together
-    to_fp32 = (p.c + 4) * gate_up(p) if p.experts_whole and p.cast else 0
+    # FSDP takes the gradients of both matrices together
+    to_weights = p.c * (2 * p.experts // 3 if p.experts_whole else p.experts)
     if p.config.train.recompute == "none":
-        return max(3 * hidden, to_weights - hidden, to_fp32 - 3 * hidden)
-    return max(6 * hidden, to_weights + 2 * hidden, to_fp32)
-
-
-def gate_up(p: Plan) -> int:
-    """Weights of the first matrices of a layer's experts."""
-    return 2 * p.experts // 3
+        return max(3 * hidden, to_weights - hidden)
+    return max(6 * hidden, to_weights + 2 * hidden)
 
 
 def block_weights(p: Plan) -> int:
@@ -231,21 +233,17 @@ def last_reduction(p: Plan) -> Memory:
     """The end of the backward: no activations, all gradients, and the embedding's on its way."""
     working = p.table * (p.c + (4 + 4 // p.degrees.shard if p.world > 1 else 0)) + CUBLAS_WORKSPACE
     weights = p.c * p.table if p.world > 1 else 0
-    return Memory("end of the backward", 12 * p.held, 4 * p.held, weights, 0, working, 0)
+    return Memory("end of the backward", 12 * p.held, 4 * p.held, weights + p.copies, 0, working, 0)
 
 
 def moment(p: Plan, name: str, gradients: int, weights: int, working: int, messages: int = 0) -> Memory:
-    """With what is the same at all moments: state, activations, and casts that wait for the backward."""
+    """With what is the same at all moments: state, activations, and copies of weights that a step keeps."""
     recompute, layers = p.config.train.recompute, range(p.model.n_layers)
-    activations = p.tokens * (
-        sum(kept_bytes(p.model, layer, recompute, p.c) for layer in layers)
-        + (p.model.dim * (p.c + 4) if name.startswith("head") else 0)
-    )
-    casts = p.cast * p.all_experts if p.experts_whole and recompute == "none" else 0
-    if p.world == 1:
-        casts += p.cast * sum(dense_casts(p.model, layer, recompute) for layer in layers)
+    kept = sum(kept_bytes(p.model, layer, recompute, p.c, p.compiled) for layer in layers)
+    if name.startswith("head"):  # the norm's input and output
+        kept += 2 * p.model.dim * p.c
     working += CUBLAS_WORKSPACE
-    return Memory(name, 12 * p.held, gradients, weights + casts, activations, working, messages)
+    return Memory(name, 12 * p.held, gradients, weights + p.copies, p.tokens * kept, working, messages)
 
 
 def gradients_before(p: Plan) -> int:
@@ -256,38 +254,22 @@ def gradients_before(p: Plan) -> int:
     return 4 * (p.dense + p.all_experts if whole else p.held)
 
 
-def dense_casts(model: ModelConfig, layer: int, recompute: str) -> int:
-    """Weights besides the routed experts' that a block without FSDP casts and keeps for its backward."""
-    heads = model.dim * model.head * (2 * model.n_heads + 2 * model.kv_heads) if recompute == "none" else 0
-    if not model.is_moe(layer):
-        return heads + (0 if recompute == "full" else 3 * model.dim * model.ffn_dim)
-    shared = (1 if recompute == "full" else 3) * model.dim * model.expert_dim if model.shared_expert else 0
-    return heads + shared
-
-
-def kept_bytes(model: ModelConfig, layer: int, recompute: str, c: int) -> int:
+def kept_bytes(model: ModelConfig, layer: int, recompute: str, c: int, compiled: bool) -> int:
     """Bytes a token that a block keeps from its forward to its backward."""
-    wide, d = 4 - c if c < 4 else 0, model.dim
-    kept = c * kept_numbers(model, layer, recompute)
-    if recompute == "none":  # norms take their input in fp32
-        kept += wide * d
-        if model.uses_rope(layer) and model.qk_norm:
-            kept += wide * model.head * (model.n_heads + model.kv_heads)
-    if recompute != "full":
-        kept += wide * d
+    kept = c * kept_numbers(model, layer, recompute, compiled)
     if model.is_moe(layer):
         if recompute != "full" and c < 4:
-            kept += 4 * d  # the router's input
+            kept += 4 * model.dim  # the router's input
         kept += 40 * model.top_k + 4 * model.n_experts  # the order of rows, and the router's logits
-    if model.dropout:
-        kept += 2 * d  # masks
+    if model.dropout and not compiled:
+        kept += 2 * model.dim  # masks
     return kept
 
 
-def kept_numbers(model: ModelConfig, layer: int, recompute: str) -> int:
+def kept_numbers(model: ModelConfig, layer: int, recompute: str, compiled: bool) -> int:
     """Numbers a token that a block keeps from its forward to its backward (docs/parallel.md has the table)."""
     d, none, full = model.dim, recompute == "none", recompute == "full"
-    attention = 2 * d + attention_numbers(model, layer) if none else d
+    attention = 2 * d + attention_numbers(model, layer, compiled) if none else d
     if not model.is_moe(layer):
         return attention + 2 * d + (0 if full else 3 * model.ffn_dim)
     routed = model.top_k * d + (3 * model.top_k * model.expert_dim if none else 0)
@@ -295,10 +277,10 @@ def kept_numbers(model: ModelConfig, layer: int, recompute: str) -> int:
     return attention + 2 * d + routed + shared
 
 
-def attention_numbers(model: ModelConfig, layer: int) -> int:
+def attention_numbers(model: ModelConfig, layer: int, compiled: bool) -> int:
     """The same of attention without its norm: queries, keys and values as projected, what became of them, and out."""
     queries, keys = model.head * model.n_heads, model.head * model.kv_heads
     projected, out = queries + 2 * keys, queries
-    if model.uses_rope(layer):  # turned, and then normalized
-        return projected + (queries + keys) * (2 if model.qk_norm else 1) + out
+    if model.uses_rope(layer):  # turned, and then normalized; compiled, the former is made again
+        return projected + (queries + keys) * (2 if model.qk_norm and not compiled else 1) + out
     return projected + (queries if model.temperature_tuning else 0) + out

@@ -30,6 +30,27 @@ def test_equals_plain_cross_entropy(tokens, vocab, dim, rows, seed):
     torch.testing.assert_close(got, want)
 
 
+def test_a_second_backward_through_the_same_graph_raises_an_error():
+    # the first has scaled the gradients in place
+    hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (9, 5))
+    total = linear_cross_entropy(hidden, weight, torch.arange(9) % 5) * 0.7
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    before = [g.clone() for g in first]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, (hidden, weight))
+    assert all(torch.equal(*pair) for pair in zip(first, before, strict=True))
+
+
+def test_the_gradient_of_the_head_is_not_copied_to_be_scaled():
+    tokens, vocab, dim = 16, 4096, 64
+    hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
+    total = linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64))
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
+        total.backward()
+    assert max(e.cpu_memory_usage for e in profile.events()) < vocab * dim * 4
+
+
 def test_never_holds_the_full_logits():
     tokens, vocab, dim = 8192, 32000, 8
     hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)

@@ -1,7 +1,8 @@
 """`make fake-gpu`: whole runs and counts on simulated GPUs. Prints tables for markdown, and writes JSON.
 
-    python -m tests.gpu.sim                                      every part: an hour on two cores
+    python -m tests.gpu.sim                                      every part: an hour and a quarter on two cores
     python -m tests.gpu.sim --part runs -k scout                 the whole runs with `scout` in their names
+    python -m tests.gpu.sim --part memory                        the peaks of steps, and what --dry-run estimates
     python -m tests.gpu.sim --part counts --config launch/scout.yaml --ranks 2 train.compile=true
 """
 
@@ -12,11 +13,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.gpu.sim import build, counts, matrix
+from tests.gpu.sim import build, counts, matrix, memory
 from tests.gpu.sim.counts import Recording
 from tests.gpu.sim.machine import Machine, Simulation
 
-PARTS = ("counts", "experts", "runs")
+PARTS = ("counts", "experts", "memory", "runs")
 USUAL = (  # of counts: GPUs, card, settings of launch/scout.yaml
     (Machine(), ("train.global_batch_size=32",)),
     (Machine(), ("train.global_batch_size=32", "train.compile=true")),
@@ -31,9 +32,10 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.gpu.sim", description="Runs on simulated GPUs.")
     parser.add_argument(
         "--part", nargs="+", choices=PARTS, default=list(PARTS),
-        help="counts: a step by phase; experts: steps on 8 GPUs by parallel.expert; runs: whole runs",
+        help="counts: a step by phase; experts: steps on 8 GPUs by parallel.expert; memory: peaks of steps "
+        "and their estimates; runs: whole runs",
     )  # fmt: skip
-    parser.add_argument("-k", default="", metavar="PATTERN", help="a regular expression: only the runs of that name")
+    parser.add_argument("-k", default="", metavar="PATTERN", help="a regular expression: only runs, peaks of that name")
     parser.add_argument("--config", type=Path, help="counts of this config alone")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs for --config")
     parser.add_argument("--card", default="H100", help="H100, A100, L4, T4, B200 or RTX5090, for --config")
@@ -53,6 +55,8 @@ def main() -> int:
         if "experts" in args.part:
             results["experts"] = [recording.json() for recording in by_expert_degree(simulation)]
         failed = 0
+        if "memory" in args.part:
+            failed += compare_memory(simulation, args.k, results)
         if "runs" in args.part:
             print(matrix.HEAD, flush=True)
             runs = []
@@ -73,6 +77,18 @@ def count(simulation: Simulation, config: Path | None, machine: Machine, setting
     recording = counts.record(simulation, title, machine, ["--config", str(config), *settings])
     print(counts.table(recording), counts.by_function(recording), "", sep="\n", flush=True)
     return recording
+
+
+def compare_memory(simulation: Simulation, pattern: str, results: dict[str, object]) -> int:
+    """How many estimates of `--dry-run` are too far from the peak, or could not be compared with it."""
+    print(memory.HEAD, flush=True)
+    found: list[memory.Result | memory.Failure] = []
+    for result in memory.run(simulation, pattern):
+        print(result.markdown(), flush=True)
+        found.append(result)
+    results["memory"] = [vars(result) for result in found]
+    print()
+    return sum(not result.passed for result in found)
 
 
 def by_expert_degree(simulation: Simulation) -> list[Recording]:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,9 +75,10 @@ def merge(phase: str, rows: Sequence[Row]) -> Row:
 
 
 def record(
-    simulation: Simulation, title: str, machine: Machine, words: Sequence[str], vocabulary: int = VOCABULARY
-) -> Recording:
-    """Run STEPS steps with the settings `words`, and read what rank 0 recorded."""
+    simulation: Simulation, title: str, machine: Machine, words: Sequence[str], vocabulary: int = VOCABULARY,
+    roofline: bool = True,
+) -> Recording:  # fmt: skip
+    """Run STEPS steps with the settings `words`, and read what rank 0 recorded; costs only with `roofline`."""
     path = simulation.folder / "recording.json"
     path.unlink(missing_ok=True)
     fixed = [
@@ -86,9 +86,11 @@ def record(
         "log.wandb=disabled", f"run.dir={simulation.folder / 'recorded'}", "run.name=counts", "train.warmup_steps=1",
     ]  # fmt: skip
     environment = {"SIM_RECORD": str(path), "SIM_INIT": "0", "SIM_VOCAB": str(vocabulary)}
+    if not roofline:
+        environment["SIM_ROOFLINE"] = "0"
     done = simulation.train(machine, [*words, *simulation.corpus(), *fixed], environment)
     if not path.exists():
-        sys.exit(f"{title}: nothing was recorded\n{done.stdout[-6000:]}")
+        raise RuntimeError(f"{title}: nothing was recorded\n{done.stdout[-6000:]}")
     return read(title, json.loads(path.read_text()))
 
 

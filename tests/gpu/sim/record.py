@@ -1,7 +1,8 @@
 """Records a few steps of a run on simulated GPUs by phase, on rank 0, and ends the run: what counts.py prints.
 
-The phases are those that the trainer names to its watch. The last step runs under the roofline's mode; the one before
-it gives the counts; those before that warm up, so that nothing is compiled or allocated for the first time.
+The phases are those that the trainer names to its watch. The last step runs under the roofline's mode, unless
+SIM_ROOFLINE=0 leaves it out; the one before it gives the counts; those before that warm up, so that nothing is compiled
+or allocated for the first time.
 """
 
 import json
@@ -31,9 +32,9 @@ class Recorder:
         self.started, self.launches = 0.0, 0
         self.counts: list[dict[str, Any]] = []  # of the phases of the counted step, in their order
         self.seconds: list[tuple[str, float]] = []  # of those and of the warm step before
+        self.memory: dict[str, int] = {}  # torch's peaks of the counted step and of the one before
         self.roofline = Roofline()
         self.micro_batch = 0  # of the step, from 1 on
-        self.memory: dict[str, int] = {}  # the peaks up to the counted step
 
     def install(self) -> None:
         # Inductor says with each kernel what it reads and writes
@@ -48,7 +49,8 @@ class Recorder:
             self.hear(phase, step)
 
         kind.mark = heard
-        # The metrics of each step ask for the peak and reset it; here the peak of all steps is wanted.
+        # The trainer resets torch's peaks with each line of metrics; only the recorder does now.
+        self.reset_peaks = torch.cuda.reset_peak_memory_stats
         torch.cuda.reset_peak_memory_stats = lambda device=None: None
 
     def hear(self, phase: str, step: int | None) -> None:
@@ -56,11 +58,9 @@ class Recorder:
         self._close()
         if self.step == LAST and phase == "saving":
             self._end()
-        if step == LAST and not self.memory:
-            found = torch.cuda.memory_stats()
-            self.memory = {key: found[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")}
         if step is not None:
             self.step, self.micro_batch = step, 0
+            self._take_memory()
         else:
             self.micro_batch += phase == "forward"
         self.phase = phase
@@ -69,6 +69,14 @@ class Recorder:
             self.roofline.__enter__()
         report.reset()
         self.launches, self.started = report.launches(), time.process_time()
+
+    def _take_memory(self) -> None:
+        if self.step == COUNTED - 1:
+            self.reset_peaks()
+        elif self.step == LAST:
+            self.memory = torch.cuda.memory_stats()
+            if os.environ.get("SIM_ROOFLINE") == "0":
+                self._end()
 
     def _close(self) -> None:
         seconds = time.process_time() - self.started
@@ -90,7 +98,7 @@ class Recorder:
                     "ranks": int(os.environ.get("WORLD_SIZE", "1")),
                     "phases": self.counts,
                     "seconds": self.seconds,
-                    "memory": self.memory,
+                    "memory": {key: self.memory[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")},
                     "costs": [asdict(cost) for cost in self.roofline.costs.values()],
                 })
             )

@@ -1,0 +1,132 @@
+"""What `--dry-run` estimates against the most that torch's allocator hands out in a step on simulated GPUs."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from data.loader import Share
+from parallel import mesh
+from parallel.mesh import World
+from tests.gpu.sim import counts
+from tests.gpu.sim.machine import Machine, Simulation
+from trainer.config import read_config
+from trainer.memory import Memory, memory_needed
+
+MICRO_BATCHES = 3  # the most of a step that is run: more have the same peak
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    machine: Machine
+    config: str  # of launch/
+    words: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16  # of the products
+
+    def need(self) -> Memory:
+        """The estimate."""
+        config = read_config(self.path, list(self.words))
+        p, ranks = config.parallel, self.machine.ranks
+        degrees = mesh.degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
+        share = Share(config.train.global_batch_size, config.train.micro_batch_size, ranks)
+        return memory_needed(config, config.data.vocab_size, self.dtype, degrees, share)
+
+    def record(self, simulation: Simulation, name: str) -> counts.Recording:
+        """Some steps of at most MICRO_BATCHES micro-batches."""
+        config = read_config(self.path, list(self.words))
+        most = MICRO_BATCHES * config.train.micro_batch_size * self.machine.ranks
+        size = f"train.global_batch_size={min(config.train.global_batch_size, most)}"
+        words = ["--config", self.path, *self.words, size]
+        return counts.record(simulation, name, self.machine, words, config.data.vocab_size, roofline=False)
+
+    @property
+    def path(self) -> str:
+        return f"launch/{self.config}.yaml"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one case, bytes of rank 0."""
+
+    name: str
+    estimate: int
+    allocated: int
+    reserved: int
+
+    @property
+    def error(self) -> float:
+        return self.estimate / self.allocated - 1
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.error) <= TOLERANCE
+
+    def markdown(self) -> str:
+        allocated, estimate = self.allocated / 2**30, self.estimate / 2**30
+        return (
+            f"| {self.name} | {allocated:.3f} | {estimate:.3f} | {self.error:+.1%} "
+            f"| {self.reserved / self.allocated - 1:+.0%} |"
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    name: str
+    output: str
+    passed = False
+
+    def markdown(self) -> str:
+        return f"| {self.name} | FAILED: {self.output.splitlines()[-1]} | | | |"
+
+
+HEAD = (
+    "| configuration, GPUs (simulated) | handed out, GiB | estimate, GiB | error | reserved over handed out |\n"
+    "|---|---|---|---|---|"
+)
+
+
+def scout(ranks: int, *words: str, dtype: torch.dtype = torch.bfloat16) -> Case:
+    return Case(Machine(ranks), "scout", words, dtype)
+
+
+def cut_17b(ranks: int, *words: str) -> Case:
+    return Case(Machine(ranks), "scout-17b-16e", ("model.n_layers=2", *words))
+
+
+CASES = {
+    "scout.yaml, 1": scout(1),
+    "scout.yaml, 1, `compile=false`": scout(1, "train.compile=false"),
+    "scout.yaml, 1, `dtype=float32`": scout(1, "train.dtype=float32", dtype=torch.float32),
+    "scout.yaml, 1, `top_k=2`": scout(1, "model.top_k=2"),
+    "scout.yaml, 1, `recompute=full`": scout(1, "train.recompute=full"),
+    "scout.yaml, 2": scout(2),
+    "scout.yaml, 2, `compile=false`": scout(2, "train.compile=false"),
+    "scout.yaml, 2, `recompute=selective`": scout(2, "train.recompute=selective"),
+    "scout.yaml, 2, `recompute=full`": scout(2, "train.recompute=full"),
+    "scout.yaml, 2, `reduce=every`": scout(2, "train.reduce=every"),
+    "scout.yaml, 4": scout(4),
+    "scout.yaml, 4, `expert=2`": scout(4, "parallel.expert=2"),
+    "scout.yaml, 4, `expert=1`": scout(4, "parallel.expert=1"),
+    "scout.yaml with 2 layers, 4, `replicate=2`": scout(4, "model.n_layers=2", "parallel.replicate=2"),
+    "kaggle.yaml, 2 T4": Case(Machine(2, "T4"), "kaggle", dtype=torch.float16),
+    "scout-17b-16e.yaml with 2 layers, 4": cut_17b(4),
+    "scout-17b-16e.yaml with 2 layers, 4, `recompute=none`": cut_17b(4, "train.recompute=none"),
+    "scout-17b-16e.yaml with 2 layers, 8": cut_17b(8),
+    "tiny.yaml, 1": Case(Machine(1), "tiny"),
+    "tiny.yaml, 2": Case(Machine(2), "tiny"),
+}
+
+
+def run(simulation: Simulation, pattern: str) -> Iterator[Result | Failure]:
+    """The cases whose names have a match of the regular expression `pattern`, one after another."""
+    for name, case in CASES.items():
+        if not re.search(pattern, name, re.IGNORECASE):
+            continue
+        try:
+            memory = case.record(simulation, name).memory
+        except RuntimeError as error:  # the other cases still say something
+            yield Failure(name, str(error))
+        else:
+            yield Result(name, case.need().total, memory["allocated"], memory["reserved"])

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
-from model.random import sequence_keys
+from model.random import sequence_keys, site_keys
 from model.transformer import Transformer
 
 ROWS, LENGTH, VOCABULARY = 2, 24, 37
@@ -26,9 +26,10 @@ def counted(config: ModelConfig) -> int:
     model.compute_dtype = torch.float64
     model.init_weights(0)
     tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+    keys = site_keys(sequence_keys(0, 0, torch.arange(ROWS)), config.n_layers)
     known = {torch.ops.aten.addmm_: product}
     with FlopCounterMode(display=False, custom_mapping=known) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = model(tokens, tokens, keys=sequence_keys(0, 0, torch.arange(ROWS)))
+        output = model(tokens, tokens, keys=keys)
         output.loss.backward()
     return counter.get_total_flops()
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from model.attention import rope_frequencies, rotate
+from model.attention import Attention, Places, rope_frequencies, rotate
 from model.config import ModelConfig, RopeScaling
 from model.loss import IGNORE
 from model.random import sequence_keys, site_keys
@@ -136,6 +136,17 @@ def test_weights_cast_where_they_are_used():
     out.loss.backward()
     assert out.loss.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_short_rows_train_with_fp32_attention_on_a_cpu():
+    """The scores and weights of bf16 queries are not rounded to bf16: only what comes out is."""
+    layer = Attention(ModelConfig(dim=16, n_layers=1, n_heads=2, max_seq_len=32), 0).bfloat16()
+    torch.nn.init.eye_(layer.wo)
+    q, k, v = torch.randn(3, 2, 32, 2, 8).bfloat16().unbind()
+    places = Places.of(layer.config, q.flatten(-2), torch.arange(32)[None])
+    wide = (t.float().transpose(1, 2) for t in (q, k, v))
+    want = F.scaled_dot_product_attention(*wide, is_causal=True).transpose(1, 2).flatten(-2)
+    assert torch.equal(layer.attend(q, k, v, places), want.bfloat16())
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.compute_dtype)
         dropped = self.training and self.config.attention_dropout > 0
         places = Places.of(self.config, x, positions, documents, dropped)
-        x = dropout(x, self.config.dropout, None if keys is None else keys[0, EMBEDDING])
+        x = self.drop(x, None if keys is None else keys[0, EMBEDDING])
         loads: list[Tensor] = []
         router_logits: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -158,6 +158,10 @@ class Transformer(nn.Module):
         penalty = (self.config.z_loss_weight * statistics[:, 1] + self.config.aux_loss_weight * statistics[:, 2]).sum()
         loss, logits = (None, result) if targets is None else (result, None)
         return Output(loss, logits, load, penalty, statistics)
+
+    def drop(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """Dropout of the embedding."""
+        return dropout(x, self.config.dropout, keys)
 
     def statistics(self, logits: list[Tensor], real: Tensor, shares: Tensor | None) -> Tensor:
         """The statistics (MoE layers, 3) of the routers' logits (T, E): of all layers together, for they are small."""

@@ -1,9 +1,9 @@
 """torch.compile by parts, each alone: what has no message and no choice in it.
 
-A part lies between products, and becomes one kernel or two. Before attention: RoPE with the norm of queries and keys.
-After it: dropout, the residual sum and the second norm. In the mixture: the rows laid out in expert order, SwiGLU, and
-the sum of what the experts made; the statistics of all routers. In the head: the loss and the gradient of a chunk of
-logits. Products, attention, routing and the exchange of rows stay outside.
+A part lies between products, and becomes one kernel or two: dropout of the embedding; RoPE with the norm of queries and
+keys. After attention: dropout, the residual sum and the second norm. In the mixture: the rows laid out in expert order,
+SwiGLU, and the sum of what the experts made; the statistics of all routers. In the head: the loss and the gradient of a
+chunk of logits. Products, attention, routing and the exchange of rows stay outside.
 
 A part is compiled at its first use in training, and used in training only: evaluation and generation meet many lengths.
 The number of rows that experts receive differs from step to step, so their SwiGLU is compiled for any number.
@@ -37,6 +37,7 @@ def compile_parts(model: Transformer) -> None:
                 _compile(inner.experts, "activate", dynamic=True)
                 if inner.shared is not None:
                     _compile(inner.shared, "activate")
+    _compile(model, "drop")
     _compile(model, "statistics")
     model.head.loss = partial(linear_cross_entropy, gradient=torch.compile(chunk_gradient, dynamic=False))
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
+from model.precision import weights_unchanged
 from parallel import fsdp
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
@@ -33,9 +34,10 @@ def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtyp
     tokens = torch.randint(0, vocab_size, (batch, length))
 
     def run() -> None:
-        output = model(tokens, tokens)
-        assert output.loss is not None
-        (output.loss / tokens.numel()).backward()
+        with weights_unchanged():  # as in trainer/step.py
+            output = model(tokens, tokens)
+            assert output.loss is not None
+            (output.loss / tokens.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

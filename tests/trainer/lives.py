@@ -97,12 +97,21 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def hears(pid: int) -> bool:
-    """Whether a process has a handler for SIGUSR1, which is so from the trainer's first moments on."""
+    """Whether a process has a handler for SIGUSR1, which is so from the trainer's first moments on.
+
+    A fork of torchrun that does not run the trainer yet has its handlers and command line: a signal to it is lost.
+    """
     with suppress(OSError):
+        if _command(pid) == _command(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])):
+            return False
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
     return False
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def count(metrics: Path, kind: str = "train") -> int:

@@ -287,7 +287,9 @@ def test_a_run_goes_on_where_saves_fail_and_its_exit_code_tells(pool, corpus_dir
         folder = tmp_path / "disk" / "full"
         saved = sorted(p.name for p in (folder / "checkpoints").iterdir())
         assert saved and saved == [f"step-{2 * n:08d}" for n in range(1, len(saved) + 1)] and len(saved) < 5
-        assert len(cases.losses(folder)) == 10
+        steps = [x["step"] for x in read_lines(folder / "metrics.jsonl") if x["kind"] == "train"]
+        # A line that needs a new block of the disk, while a save beside the training fills it, is dropped.
+        assert steps[-1] == 10 and len(steps) >= (8 if "checkpoint.async_save=true" in words else 10)
     out = capsys.readouterr().out
     assert f"checkpoint of step {2 * len(saved) + 2}: No space left on device; dropped on all ranks" in out
     codes = pool.run(2, SAVED + "limited", corpus=str(corpus_dir), runs=str(tmp_path), more=["run.name=two", *words])

@@ -19,8 +19,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from data.config import UserError
-from data.sources import Document
+from data.settings import UserError
+from data.sources.base import Document
 from data.tokenizer import Tokenizer, Words
 
 BATCH_BYTES = 1_000_000  # of text, about

@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.config import UserError
+from data.settings import UserError
 from data.tokenizer import BLANK_MARK, Tokenizer, write_aside
 
 if TYPE_CHECKING:

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig, UserError
+from data.config import DataConfig
+from data.settings import UserError
 from data.shards import Split
+from data.splitmix import mix64
 
 IGNORE = -100  # the target of a place that does not count
 
@@ -130,17 +132,9 @@ class Order:
         half, mask = np.uint64(self.half), np.uint64((1 << self.half) - 1)
         left, right = x >> half, x & mask
         for number in range(self.ROUNDS):
-            key = _mix(epoch ^ _mix(np.full_like(epoch, (self.seed * self.ROUNDS + number) & (2**64 - 1))))
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            key = mix64(epoch ^ mix64(np.full_like(epoch, (self.seed * self.ROUNDS + number) & (2**64 - 1))))
+            left, right = right, left ^ (mix64(right ^ key) & mask)
         return (left << half) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, on uint64 that wrap around."""
-    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)

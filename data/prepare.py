@@ -19,11 +19,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from data.config import DataConfig, Parser, UserError, help_text, read
+from data.config import DataConfig
+from data.settings import Parser, UserError, help_text, read
 
 if TYPE_CHECKING:  # at run time inside the functions: numpy and sentencepiece would slow down --help
     from data.shards import Corpus, Manifest, Progress
-    from data.sources import Document, Source
+    from data.sources.base import Document, Source
     from data.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ T = TypeVar("T")
 def prepare(config: DataConfig) -> tuple["Corpus", bool]:
     """The corpus that the settings ask for, and whether it had to be made. Raises UserError."""
     from data.shards import Corpus
-    from data.sources import open_source
+    from data.sources.open import open_source
 
     folder = Path(config.dir)
     if corpus := finished(config, folder):
@@ -49,7 +50,7 @@ def prepare(config: DataConfig) -> tuple["Corpus", bool]:
 def finished(config: DataConfig, folder: Path) -> "Corpus | None":
     """The corpus in `folder`, None when it is not finished. Raises UserError when it was made of anything else."""
     from data.shards import MANIFEST, Corpus
-    from data.sources import open_source
+    from data.sources.open import open_source
 
     if not (folder / MANIFEST).exists():
         return None
@@ -97,7 +98,7 @@ def make(config: DataConfig, source: "Source", folder: Path) -> None:
     """Writes a whole corpus, manifest last. Raises UserError."""
     from data.encode import encode
     from data.shards import MANIFEST, MODEL, PROGRESS, Manifest, Writer, settings_of
-    from data.sources import TRAIN, VALIDATION
+    from data.sources.base import TRAIN, VALIDATION
     from data.tokenizer import Tokenizer, write_aside
 
     fingerprint = source.fingerprint()
@@ -151,7 +152,7 @@ def begin(config: DataConfig, source: "Source", folder: Path, fingerprint: dict[
     Raises UserError.
     """
     from data.shards import MODEL, PROGRESS, Progress, settings_of
-    from data.sources import TRAIN, VALIDATION
+    from data.sources.base import TRAIN, VALIDATION
     from data.tokenizer import Tokenizer
 
     given = folder / MODEL if config.tokenizer == "train" else Path(config.tokenizer).expanduser()

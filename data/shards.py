@@ -27,7 +27,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from data.config import DataConfig, UserError
+from data.config import DataConfig
+from data.settings import UserError
 from data.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"STORIES\n", 1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import UserError
+from data.settings import UserError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3  # in the models we train
 SAMPLE_BYTES = 20_000_000  # of text that a training looks at, at most; takes about 5 times that in memory

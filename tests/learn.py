@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.config import read
+from data.settings import read
 from trainer.config import SECTION_TYPES
 from trainer.metrics import read_lines
 

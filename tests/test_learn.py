@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.config import read
+from data.settings import read
 from model.config import ModelConfig
 from tests.learn import CONFIG, main, variants
 from trainer.config import SECTION_TYPES

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from data.config import UserError
+from data.settings import UserError
 from model.transformer import Transformer
 from parallel import mesh
 from parallel.experts import logical

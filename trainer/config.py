@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from data.config import ConfigError, DataConfig, Section, read
+from data.config import DataConfig
+from data.settings import ConfigError, Section, read
 from model.config import ModelConfig
 
 Count = Annotated[int, Field(ge=0)]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from data.config import dump
 from data.loader import Share
+from data.settings import dump
 from parallel import mesh
 from parallel.experts import Owners
 from parallel.mesh import World

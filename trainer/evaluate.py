@@ -118,7 +118,7 @@ def load_model(path: Path, requested: str = "cpu") -> tuple["Transformer", "Toke
     """
     import torch
 
-    from data.config import check
+    from data.settings import check
     from data.tokenizer import Tokenizer
     from parallel import fsdp
     from trainer import checkpoint as checkpoints
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", default="all", help="all, or a number of micro_batch_size stories each")
     add_device(parser)
     args = parser.parse_args(argv)
-    from data.config import UserError
+    from data.settings import UserError
     from data.shards import Corpus
     from parallel.mesh import World
     from trainer.machine import set_threads

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.config import Parser, UserError
+from data.settings import Parser, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.config import UserError
+from data.settings import UserError
 
 
 def size_of(text: str) -> int:

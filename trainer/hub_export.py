@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.config import UserError, check
 from data.hub_tokenizer import export_tokenizer
+from data.settings import UserError, check
 from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data.config import UserError, check, dump, read
+from data.settings import UserError, check, dump, read
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer

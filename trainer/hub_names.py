@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from data.config import UserError, check
+from data.settings import UserError, check
 from model.config import ModelConfig
 
 PLAIN, OURS = "Llama4ForCausalLM", "Llama4BiasedForCausalLM"  # the class that an export asks for

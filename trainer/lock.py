@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from data.config import UserError
+from data.settings import UserError
 
 NAME = "lock"
 LEASE = 60.0  # seconds without renewal after which another host's run counts as dead

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from data.config import UserError
 from data.loader import Step
+from data.settings import UserError
 from model.precision import weights_unchanged
 from parallel import fsdp, gradients, mesh
 from parallel.mesh import World
@@ -294,7 +294,7 @@ def finish(run: Run) -> None:
     print(f"loss picture: {plot_loss(run.folder)}")
     print(f"\n{stories[0]}\n")
     if run.config.data.source == "storybook":
-        from data.storybook import derivable_sentences
+        from data.sources.storybook import derivable_sentences
 
         counts = [derivable_sentences(story) for story in stories]
         told, all_of_them = (sum(column) for column in zip(*counts, strict=True))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.config import ConfigError, UserError
+from data.settings import ConfigError, UserError
 from model.loss import Loss, liger_cross_entropy
 from model.segments import c_compiler as c_compiler
 from model.segments import flex_supported, triton_lacks

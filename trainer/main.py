@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.config import UserError, help_text
+from data.settings import UserError, help_text
 from trainer import environment, faults
 from trainer.config import SECTION_TYPES, read_config
 

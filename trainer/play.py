@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.config import UserError
+from data.settings import UserError
 from data.tokenizer import StreamDecoder
 from trainer.generate import Sampling, generate
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from data.config import ConfigError, UserError, dump
 from data.loader import Loader, Share, training_rows
+from data.settings import ConfigError, UserError, dump
 from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.config import UserError
+from data.settings import UserError
 from trainer.faults import RankFailed, StopFlag, Stopped, end_launcher, leave_mark, lives, moved, tell
 
 if TYPE_CHECKING:

@@ -88,9 +88,10 @@ def attention(repeats: int) -> list[Figure]:
 
 def loader(repeats: int) -> list[Figure]:
     """A step of batches in its order, against taking as many rows at random from the mapped tokens, as is usual."""
-    from data.config import DataConfig, read
+    from data.config import DataConfig
     from data.loader import Loader, Share, training_rows
     from data.prepare import main
+    from data.settings import read
     from data.shards import Corpus
 
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +141,8 @@ def encoding(repeats: int) -> list[Figure]:
     from data.config import DataConfig
     from data.encode import _cores, encode
     from data.shards import Writer
-    from data.sources import TRAIN, Document, open_source
+    from data.sources.base import TRAIN, Document
+    from data.sources.open import open_source
     from data.tokenizer import Tokenizer, train
 
     if path := os.environ.get("STORIES"):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.clean import Cleaner, repair
+from data.sources.clean import Cleaner, repair
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from data.config import SECTIONS, ConfigError, DataConfig, Section, UserError, dump, help_text, key_table, read
+from data.config import DataConfig
+from data.settings import SECTIONS, ConfigError, Section, UserError, dump, help_text, key_table, read
 
 
 class Train(Section):
@@ -252,4 +253,5 @@ def test_every_key_has_a_meaning_and_a_default_that_can_be_typed():
 
 
 def test_reading_settings_needs_no_torch():
-    subprocess.run([sys.executable, "-c", "import sys, data.config; assert 'torch' not in sys.modules"], check=True)
+    code = "import sys, data.config, data.settings; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from data.shards import Corpus
-from data.sources import side
+from data.sources.base import side
 from tests.data.hub import Hub, commit_of
 
 ROOT = Path.cwd()
@@ -270,8 +270,8 @@ def test_a_hub_that_never_answers_is_not_waited_for(prepare):
 
 def test_help_and_files_need_no_datasets(tmp_path):
     (tmp_path / "s.txt").write_text("one")
-    code = "import sys; from data.prepare import main; from data.config import DataConfig; import data.sources; "
-    code += "list(data.sources.open_source(DataConfig(source=sys.argv[1]))); "
+    code = "import sys; from data.prepare import main; from data.config import DataConfig; import data.sources.open; "
+    code += "list(data.sources.open.open_source(DataConfig(source=sys.argv[1]))); "
     code += "print([name for name in ('datasets', 'huggingface_hub', 'pyarrow', 'torch') if name in sys.modules])"
     command = [sys.executable, "-c", code, str(tmp_path / "s.txt")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -9,9 +9,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import UserError
 from data.hub_tokenizer import convert, export_tokenizer
-from data.storybook import story
+from data.settings import UserError
+from data.sources.storybook import story
 from data.tokenizer import Tokenizer, train
 from tests.data.test_tokenizer import NASTY, STORIES, TEXTS, model_of_others
 

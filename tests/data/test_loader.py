@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import UserError
 from data.loader import IGNORE, Loader, Order, Rows, Share
+from data.settings import UserError
 from data.shards import Corpus
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data.config import UserError
 from data.prepare import main
+from data.settings import UserError
 from data.shards import Corpus
-from data.sources import side
+from data.sources.base import side
 from data.tokenizer import Tokenizer, train
 
 NAMES = ("Tom", "Lily", "Ann", "Bo", "Max", "Mia")
@@ -228,7 +228,7 @@ def test_help_lists_every_key():
 
 
 def test_data_needs_no_torch():
-    code = "import sys, data.prepare, data.shards, data.sources, data.tokenizer; assert 'torch' not in sys.modules"
+    code = "import sys, data.prepare, data.shards, data.sources.open, data.tokenizer; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -409,7 +409,7 @@ def test_memory_does_not_grow_with_the_text():
 
 def test_one_process_or_many_give_the_same_tokens():
     from data.encode import encode
-    from data.sources import Document
+    from data.sources.base import Document
     from data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(model(STORIES))

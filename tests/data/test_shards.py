@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataConfig, UserError
+from data.config import DataConfig
 from data.prepare import prepare
+from data.settings import UserError
 from data.shards import HEADER, OPEN_SHARDS, Corpus, Header, Shard, Writer, token_bytes
 from data.tokenizer import Tokenizer, train
 

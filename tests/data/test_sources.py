@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.parquet import write_table
 
-from data.config import DataConfig, UserError
+from data.config import DataConfig
+from data.settings import UserError
 from data.shards import settings_of
-from data.sources import TRAIN, VALIDATION, find, open_source, side
+from data.sources.base import TRAIN, VALIDATION, side
+from data.sources.files import find
+from data.sources.open import open_source
 
 
 def config_of(source: object, validation: object = "0.5", **more: object) -> DataConfig:
@@ -326,7 +329,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 def test_the_storybook_is_a_source():
-    from data.storybook import log_prob, story
+    from data.sources.storybook import log_prob, story
 
     source = open_source(config_of("storybook", "0.2", stories=200))
     documents = list(source)

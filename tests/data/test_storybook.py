@@ -12,8 +12,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import storybook
-from data.storybook import STORYBOOK, Choice, Draw, Grammar, Parts, derivable_sentences, derivations, log_prob, story
+from data.sources import grammar, storybook
+from data.sources.grammar import Choice, Draw, Grammar, Parts
+from data.sources.storybook import STORYBOOK, derivable_sentences, derivations, log_prob, story
 
 SMALL = r"""
 tale:
@@ -73,7 +74,7 @@ def held(rule: str, text: str) -> Counter[str]:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(0, 2**storybook.BITS - 1))
+@given(st.integers(0, 2**grammar.BITS - 1))
 def test_a_sampled_story_has_one_derivation_of_the_probability_it_was_drawn_with(drawn: int) -> None:
     text, probability = STORYBOOK.sample(drawn)
     assert derivations(text) == 1

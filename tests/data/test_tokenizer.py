@@ -12,7 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import UserError
+from data.settings import UserError
 from data.tokenizer import BOS, EOS, PAD, UNK, UNTRAINABLE, StreamDecoder, Tokenizer, Words, pieces, sample, train
 
 WORDS = "the a cat dog Lily Tom ran sat saw and then happy little big tree ball said was very to in home".split()

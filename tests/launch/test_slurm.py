@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import load_file
+from data.settings import load_file
 from tests.launch.slurm import ROOT, NoSlurm, Slurm, cluster
 from tests.trainer import cases
 from trainer.metrics import read_lines

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from data.config import UserError
+from data.settings import UserError
 from data.shards import Corpus
 from model.config import ModelConfig
 from model.moe import Router

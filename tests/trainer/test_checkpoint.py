@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import UserError
+from data.settings import UserError
 from tests.trainer import cases
 from trainer import checkpoint, storage
 from trainer.checkpoint import complete

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import UserError
+from data.settings import UserError
 from data.shards import Corpus
-from data.storybook import log_prob
+from data.sources.storybook import log_prob
 from parallel.mesh import World
 from tests.trainer import cases
 from trainer.evaluate import evaluate, load_model, main, place

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.config import UserError
+from data.settings import UserError
 from parallel.mesh import World
 from parallel.rendezvous import find_others
 from tests.trainer import cases, fault_cases

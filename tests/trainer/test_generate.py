@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import UserError
+from data.settings import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.trainer import cases

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from data.config import UserError
+from data.settings import UserError
 from data.shards import Corpus
 from model.config import ModelConfig, RopeScaling
 from model.moe import Router

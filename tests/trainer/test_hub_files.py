@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.config import UserError
+from data.settings import UserError
 from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
 from trainer.hub_files import Entry, Folder, write_json, write_shards

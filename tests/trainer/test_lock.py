@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import UserError
+from data.settings import UserError
 from tests.trainer import cases
 from trainer import lock
 from trainer.lock import Lock, Lost

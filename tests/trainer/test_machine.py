@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from data.config import ConfigError, UserError
+from data.settings import ConfigError, UserError
 from model import segments
 from parallel.mesh import World
 from tests.trainer import cases

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import key_table
+from data.settings import key_table
 from tests.trainer import cases
 from trainer.config import SECTION_TYPES
 from trainer.metrics import read_lines

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.config import UserError
+from data.settings import UserError
 from data.shards import Corpus
 from tests.trainer import cases
 from trainer.checkpoint import complete, read_manifest

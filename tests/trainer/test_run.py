@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data.config import UserError
+from data.settings import UserError
 from tests.trainer import cases
 from trainer.checkpoint import complete, read_manifest
 from trainer.metrics import read_lines

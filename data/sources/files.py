@@ -1,10 +1,7 @@
-"""The first step of the journey: wherever stories lie -> one stream of (split, text, log-probability).
+"""Stories in local files: .jsonl, .parquet and .txt, the first and the last also compressed as .gz.
 
-1. `open_source` reads `data.source` and `data.validation`: the built-in storybook, files (.jsonl, .parquet, .txt, also
-   .gz), or a data set of the hub (hub.py). With `data.clean` the texts are repaired as they are read (clean.py).
-2. A source has a `fingerprint`, which tells whether it is still what a corpus was made of.
-3. Iterating reads story by story in constant memory, any number of times, always in the same order. Without a
-   validation path the hash of a text decides its side, so equal texts never part, on any machine.
+Files are read story by story in constant memory, always in the same order. With `data.clean` the texts are repaired as
+they are read (clean.py).
 """
 
 import contextlib
@@ -15,78 +12,18 @@ import io
 import itertools
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any
 
-from data.clean import SEPARATOR, Cleaner
-from data.config import DataConfig, UserError
+from data.config import DataConfig
+from data.settings import UserError
+from data.sources.base import TRAIN, VALIDATION, Document, side
+from data.sources.clean import SEPARATOR, Cleaner
 
-if TYPE_CHECKING:
-    from data.hub import Hub
-
-TRAIN, VALIDATION = "train", "validation"
-STORYBOOK_SEED = 0
 READABLE = ".jsonl, .parquet or .txt, also .gz"
 BATCH_ROWS = 256  # of a columnar file, decoded at a time
-HUB_NAME = re.compile(
-    r"(?P<name>tinystories|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?",
-    re.ASCII,
-)
-
-
-class Document(NamedTuple):
-    """One story."""
-
-    split: str  # TRAIN or VALIDATION
-    text: str  # never blank
-    log_prob: float | None  # nats, where the source knows it
-
-
-def side(text: str, held_out: float) -> str:
-    """The split of a text by its hash: VALIDATION with the chance `held_out`."""
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    return VALIDATION if number < held_out * 2**64 else TRAIN
-
-
-class Storybook:
-    """Stories 0 to data.stories - 1 of the built-in grammar, with their log-probability in the validation split.
-
-    `total` and `position` count stories, `empty` is 0.
-    """
-
-    unit = " stories"
-
-    def __init__(self, config: DataConfig) -> None:
-        assert config.held_out is not None  # the config sees to it
-        self.total, self.held_out = config.stories, config.held_out
-        self.position = self.empty = 0
-        self.cleaner = Cleaner()  # nothing to do
-
-    def fingerprint(self) -> dict[str, str]:
-        """Its hash changes with the grammar: it is taken over a hundred stories."""
-        from data.storybook import story
-
-        some = "\0".join(story(STORYBOOK_SEED, index) for index in range(100))
-        return {"storybook": f"{self.total} stories, seed {STORYBOOK_SEED}, sha256 {_sha256(some.encode())}"}
-
-    def training_texts(self) -> Iterator[str]:
-        """What to train a tokenizer on: a part is as good as all, since stories are drawn alike."""
-        from data.storybook import story
-
-        texts = (story(STORYBOOK_SEED, index) for index in range(min(self.total, 10_000)))
-        return (text for text in texts if side(text, self.held_out) == TRAIN)
-
-    def __iter__(self) -> Iterator[Document]:
-        from data.storybook import log_prob, story
-
-        for index in range(self.total):
-            text = story(STORYBOOK_SEED, index)
-            split = side(text, self.held_out)
-            self.position = index + 1
-            yield Document(split, text, log_prob(text) if split == VALIDATION else None)
 
 
 class Files:
@@ -284,22 +221,3 @@ def _hidden(path: Path) -> bool:
 def readable(path: Path) -> bool:
     *inner, last = [suffix.lower() for suffix in path.suffixes] or [""]
     return last in (".jsonl", ".parquet", ".txt") or (last == ".gz" and (not inner or inner[-1] in (".jsonl", ".txt")))
-
-
-Source = Union[Storybook, Files, "Hub"]
-
-
-def open_source(config: DataConfig) -> Source:
-    """What `data.source` means. Raises UserError when it means nothing."""
-    if config.source == "storybook":
-        return Storybook(config)
-    path = Path(config.source)
-    if (named := HUB_NAME.fullmatch(config.source)) and not path.exists() and not readable(path):
-        from data.hub import Hub
-
-        return Hub(config, named["name"], named["config"], named["revision"])
-    return Files(config)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

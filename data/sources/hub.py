@@ -20,21 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.clean import SEPARATOR, Cleaner
-from data.config import DataConfig, UserError
-from data.sources import (
-    BATCH_ROWS,
-    READABLE,
-    TRAIN,
-    VALIDATION,
-    Document,
-    Files,
-    check_field,
-    find,
-    readable,
-    rows_of,
-    side,
-)
+from data.config import DataConfig
+from data.settings import UserError
+from data.sources.base import TRAIN, VALIDATION, Document, side
+from data.sources.clean import SEPARATOR, Cleaner
+from data.sources.files import BATCH_ROWS, READABLE, Files, check_field, find, readable, rows_of
 
 TINYSTORIES = "roneneldan/TinyStories"
 PATIENCE = 12.0  # seconds for the first answer; name servers and dead addresses have time limits of their own

@@ -1,6 +1,6 @@
-"""One model -> many processes with FSDP2, from outside the model.
+"""Dense weights over many processes with FSDP2, from outside the model.
 
-Built on the meta device, sharded, then filled in place: no process ever holds the whole. Units: each block, the head,
+Units: each block, the head,
 and the root with the embedding; a small model is one unit. Routers are no matter of FSDP: they are small, stay fp32 or
 near ties would flip, and each rank has them whole (`replicated`). With expert parallelism the experts of a layer are a
 unit of their own over the ranks that share them; where nobody does they are no matter of FSDP. Gradients are plain sums
@@ -18,54 +18,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from model.config import ModelConfig
 from model.moe import Experts, MoE, Router
 from model.random import Window
 from model.transformer import Transformer
-from parallel.compile import compile_parts
-from parallel.experts import Owners, distribute, logical
 from parallel.mesh import Mesh
-from parallel.recompute import recompute
 
 SMALL = 1 << 26  # bytes of weights up to which a model is gathered and reduced as one: messages cost more than waiting
 
 
-def build(
-    config: ModelConfig,
-    vocab_size: int,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    mesh: Mesh | None,
-    overlap: bool = True,
-    again: str = "none",
-    compiled: bool = False,
-) -> Transformer:
-    """The model with its initial weights (fp32), computing in `dtype`, spread over `mesh` if there is one.
-
-    overlap lets the exchange of rows run beside the shared expert; `again` is train.recompute, `compiled`
-    train.compile.
-    """
-    with torch.device("meta"):
-        model = Transformer(config, vocab_size)
-    model.compute_dtype = dtype
-    if compiled:
-        compile_parts(model)
-    recompute(model, again)
-    if mesh is not None:
-        if mesh.sparse is not None:
-            distribute(model, Owners(config.n_experts, mesh.degrees.expert), mesh.sparse, overlap)
-        _shard(model, mesh, dtype)
-    model.to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            for weight in module.parameters():
-                local(weight).zero_()  # dead slots stay so
-    model.init_weights(seed, lambda name, parameter: window(logical(model, name, parameter)))
-    return model
-
-
-def _shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
+def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
     def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
         wide = torch.promote_types(dtype, torch.float32)
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)

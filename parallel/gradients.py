@@ -49,15 +49,6 @@ def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     return norms.square().sum()
 
 
-def sum_over_ranks(*parts: Tensor) -> list[Tensor]:
-    """Sums of tensors over all ranks, in one message of fp64 (exact for integers below 2^53), on the CPU."""
-    flat = torch.cat([p.detach().to(torch.float64).flatten() for p in parts])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-    flat = flat.cpu()
-    return [s.view(p.shape) for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-
-
 def scale(gradients: list[Tensor], factor: float) -> None:
     """Multiply the gradients in place."""
     if factor != 1.0 and gradients:

@@ -5,13 +5,10 @@ and copied over `replicate`; experts live on the ranks of `expert`, each rank's 
 What cannot be is refused here in one line, before any process group is made.
 """
 
-import datetime
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ModelConfig
@@ -107,57 +104,6 @@ def advice(world: World, model: ModelConfig, chosen: Degrees) -> str | None:
 def _either(numbers: list[int]) -> str:
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
-
-
-def connect(world: World, device: torch.device, timeout: float, store: dist.Store | None = None) -> None:
-    """Join the process group of the run, whose collectives wait `timeout` seconds. Alone: nothing."""
-    if world.size == 1 or dist.is_initialized():
-        return
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
-        timeout=datetime.timedelta(seconds=timeout), device_id=device if cuda else None,
-    )  # fmt: skip
-
-
-def rank() -> int:
-    """Of this process among those that are connected."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def agree(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's value, on all ranks: for what each might judge differently, or rank 0 alone can know."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0, group)
-    return box[0]
-
-
-def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The values of all ranks on rank 0; elsewhere an empty list."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size() if rank() == 0 else None
-    dist.gather_object(value, values, 0, group)
-    return values or []
-
-
-def scatter(values: list[Any], group: dist.ProcessGroup | None = None) -> Any:
-    """To each rank its own of rank 0's values."""
-    if not dist.is_initialized():
-        return values[0]
-    box = [None]
-    dist.scatter_object_list(box, values if rank() == 0 else None, 0, group)
-    return box[0]
-
-
-def disconnect() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from parallel.mesh import World
@@ -56,6 +57,25 @@ def _connect(world: World, timeout: float) -> dist.TCPStore:
             time.sleep(0.2)
     limit = datetime.timedelta(seconds=timeout)
     return dist.TCPStore(host, port, world.size, serves, limit, wait_for_workers=False, multi_tenant=True)
+
+
+def connect(world: World, device: torch.device, timeout: float, store: dist.Store | None = None) -> None:
+    """Join the process group of the run, whose collectives wait `timeout` seconds. Alone: nothing."""
+    if world.size == 1 or dist.is_initialized():
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
+        timeout=datetime.timedelta(seconds=timeout), device_id=device if cuda else None,
+    )  # fmt: skip
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def another(store: dist.Store, prefix: str) -> dist.Store:

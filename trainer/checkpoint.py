@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from data.settings import UserError
 from model.transformer import Transformer
-from parallel import mesh
+from parallel import collectives
 from parallel.experts import logical
 from trainer import blocks, storage
 from trainer.blocks import Damaged
@@ -149,11 +149,12 @@ def load(
             raise
         except Exception as error:  # the other ranks must hear of it
             why = str(error) or type(error).__name__
-        why = mesh.agree(next((w for w in mesh.gather(why) if w), None))
+        why = collectives.first_error(why)
         if why is None:
             return at, skipped
         skipped.append(f"{at.path.name}: {why}")
-        at, more = mesh.agree(newest(at.path.parent, at.step) if others and mesh.rank() == 0 else (None, []))
+        found = newest(at.path.parent, at.step) if others and collectives.rank() == 0 else (None, [])
+        at, more = collectives.broadcast(found)
         skipped += more
     raise UserError(none_usable(checkpoint.path.parent, skipped))
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.build import build_model
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,7 +42,7 @@ def evaluate(
     import torch
 
     from data.loader import Share, story_rows
-    from parallel.gradients import sum_over_ranks
+    from parallel.collectives import sum_over_ranks
     from trainer.machine import attention_of_any_length
 
     seq_len, size = config.data.seq_len, config.train.micro_batch_size
@@ -120,7 +122,6 @@ def load_model(path: Path, requested: str = "cpu") -> tuple["Transformer", "Toke
 
     from data.settings import check
     from data.tokenizer import Tokenizer
-    from parallel import fsdp
     from trainer import checkpoint as checkpoints
     from trainer import machine
     from trainer.config import SECTION_TYPES, Config
@@ -129,7 +130,7 @@ def load_model(path: Path, requested: str = "cpu") -> tuple["Transformer", "Toke
     manifest = found.manifest
     config = Config(**{name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()})
     cpu = torch.device("cpu")
-    model = fsdp.build(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
+    model = build_model(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
     found, more = checkpoints.load(found, model, others=found.path != path)
     for why in [*passed_over, *more]:
         print(f"passed over {why}", file=sys.stderr)

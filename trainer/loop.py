@@ -20,7 +20,7 @@ import torch
 from data.loader import Step
 from data.settings import UserError
 from model.precision import weights_unchanged
-from parallel import fsdp, gradients, mesh
+from parallel import collectives, fsdp, rendezvous
 from parallel.mesh import World
 from parallel.rendezvous import another, find_others
 from trainer import machine
@@ -95,14 +95,14 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
     watch.mark("connecting")
-    mesh.connect(world, device, BACKSTOP * config.run.timeout, store)
-    at_end.callback(mesh.disconnect)
+    rendezvous.connect(world, device, BACKSTOP * config.run.timeout, store)
+    at_end.callback(rendezvous.disconnect)
     watch.mark("taking the run's folder")
     lock = take_folder(config, world)
     if lock is not None:
         at_end.callback(lock.release)
     found, passed_over = find_checkpoint(config, corpus, tokenizer)
-    if found is not None and mesh.agree(finished(config.run.folder, found.step, steps)):
+    if found is not None and collectives.broadcast(finished(config.run.folder, found.step, steps)):
         if world.rank == 0:
             hint = "set run.name= for another run, train.steps= to go on"
             print(f"{config.run.folder}: finished at step {found.step}; {hint}")
@@ -125,7 +125,7 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
     watch.mark("the first message")
     if world.rank == 0:
         watch.enter()
-    mesh.agree(None)  # rank 0 is past the point where all end before the first step
+    collectives.broadcast(None)  # rank 0 is past the point where all end before the first step
     watch.enter()
     loop(run, saver)
     return 1 if saver.failed else 0
@@ -210,14 +210,14 @@ def make_up(run: Run) -> None:
     if 0 < run.step < run.steps:
         if due(run.config.eval.every, run.step) and not evaluated(run):
             run_evaluation(run, run.config.eval.batches)
-        if due(run.config.sample.every, run.step) and not mesh.agree(samples_file(run).exists()):
+        if due(run.config.sample.every, run.step) and not collectives.broadcast(samples_file(run).exists()):
             run_samples(run)
 
 
 def evaluated(run: Run) -> bool:
     """Whether metrics.jsonl, as rank 0 sees it, holds an evaluation of this step."""
     lines = read_lines(run.report.file.path) if run.world.rank == 0 else []
-    return bool(mesh.agree(any(x["kind"] == "eval" and x["step"] == run.step for x in lines)))
+    return bool(collectives.broadcast(any(x["kind"] == "eval" and x["step"] == run.step for x in lines)))
 
 
 def finished(folder: Path, done: int, steps: int) -> bool:
@@ -229,7 +229,7 @@ def finished(folder: Path, done: int, steps: int) -> bool:
 def pause(run: Run) -> None:
     """Before the first step or a batch of an evaluation, after a token: raises Stopped on all ranks where one asks."""
     run.watch.mark(run.watch.place.phase)
-    (wishes,) = gradients.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
+    (wishes,) = collectives.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
     stop, requeue = (wishes > 0).tolist()
     if stop:
         raise Stopped(requeue)

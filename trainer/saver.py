@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import mesh
+from parallel import collectives
 from trainer import blocks, checkpoint, storage
 from trainer.blocks import Damaged, Record
 from trainer.checkpoint import TOKENIZER
@@ -58,14 +58,14 @@ class Saver:
         tell: Callable[[int, float, str | None], None] = lambda step, seconds, why: None,
     ) -> None:
         self.folder, self.tokenizer, self.config, self.lock, self.tell = folder, tokenizer, config, lock, tell
-        self.rank = mesh.rank()
+        self.rank = collectives.rank()
         # of its own: saves come between the messages of training, and on a GPU these are not for the CPU
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.plan = storage.make_plan(tensors, self.group)
         self._table = json.dumps(self.plan.table)  # takes a while, and stays the same
         self.source = storage.Source(self.plan, tensors)
         self.image = storage.Image(self.source) if config.async_save else None
-        self.mark = mesh.agree(lock.id if lock is not None else "0", self.group)
+        self.mark = collectives.broadcast(lock.id if lock is not None else "0", self.group)
         self.pending: Save | None = None
         self.newest: int | None = None  # the step of the last that was published
         self.failed = False  # the last save
@@ -118,12 +118,12 @@ class Saver:
             self.before_change()
             self._crew.lend(save.files)
             error = save.files.exception()
-            everyone = mesh.gather(({}, _reason(error)) if error else (save.files.result(), None), self.group)
+            everyone = collectives.gather(({}, _reason(error)) if error else (save.files.result(), None), self.group)
             save.published = self._thread.submit(self._publish, save, everyone)
             return
         self.pending = None
         error = save.published.exception()
-        why, lost = mesh.agree((_reason(error) if error else None, isinstance(error, Lost)), self.group)
+        why, lost = collectives.broadcast((_reason(error) if error else None, isinstance(error, Lost)), self.group)
         if lost:
             raise Lost(why)
         self.failed = why is not None

@@ -15,7 +15,8 @@ from data.settings import ConfigError, UserError, dump
 from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from model.transformer import Transformer
-from parallel import fsdp, mesh
+from parallel import collectives, mesh
+from parallel.build import build_model
 from parallel.mesh import Degrees, World
 from trainer import checkpoint, machine
 from trainer.checkpoint import Checkpoint
@@ -109,10 +110,9 @@ def take_folder(config: Config, world: World) -> Lock | None:
             checkpoint.sweep(folder / "checkpoints")
         except UserError as error:
             why = str(error)
-    lock_id, why = mesh.agree((lock and lock.id, why))
+    lock_id, why = collectives.broadcast((lock and lock.id, why))
     if why is None:
-        blind = mesh.gather(None if sees(folder, lock_id, PATIENCE) else gethostname())
-        if host := mesh.agree(next(filter(None, blind), None)):
+        if host := collectives.first_error(None if sees(folder, lock_id, PATIENCE) else gethostname()):
             why = f"{folder}: {host} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
     if why is not None:
         if lock is not None:
@@ -127,7 +127,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
     Rank 0 looks. Raises UserError when none can be used, or the folder belongs to another model or corpus.
     """
     folder = config.run.folder
-    found, why = mesh.agree(checkpoint.newest(folder / "checkpoints") if mesh.rank() == 0 else None)
+    found, why = collectives.broadcast(checkpoint.newest(folder / "checkpoints") if collectives.rank() == 0 else None)
     if found is None:
         if why:
             raise UserError(checkpoint.none_usable(folder / "checkpoints", why))
@@ -157,7 +157,7 @@ def weights_of_another(config: Config, tokenizer: Tokenizer) -> Beginning | None
         weights = beginning(config.train.init_from, config.model, tokenizer.vocab_size)
     except UserError as error:
         why = str(error)
-    if why := mesh.agree(next(filter(None, mesh.gather(why)), None)):
+    if why := collectives.first_error(why):
         raise UserError(why)
     return weights
 
@@ -203,9 +203,9 @@ def build(
     before = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
     # `auto` may try it out, and ranks may find otherwise
     wish = machine.choose_dtype(config.train.dtype, device, config.model.dim, before)
-    dtype = dtypes[mesh.agree(dtypes.index(wish))]
+    dtype = dtypes[collectives.broadcast(dtypes.index(wish))]
     layout = mesh.make_mesh(degrees(config, world), device)
-    model = fsdp.build(
+    model = build_model(
         config.model, vocab_size, config.train.seed, device, dtype, layout, config.parallel.overlap,
         config.train.recompute, machine.choose_compile(config.train.compile, device)[0],
     )  # fmt: skip
@@ -269,7 +269,7 @@ def make_saver(run: Run, lock: Lock | None) -> Saver:
         run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
         run.config.checkpoint, lock, tell,
     )  # fmt: skip
-    if line := not_locked(mesh.gather(run.saver.image and run.saver.image.not_locked, run.saver.group)):
+    if line := not_locked(collectives.gather(run.saver.image and run.saver.image.not_locked, run.saver.group)):
         run.report.say(line)
     return run.saver
 

@@ -18,7 +18,7 @@ from model.moe import Router
 from model.precision import weights_unchanged
 from model.random import place_seed, sequence_keys, site_keys
 from model.transformer import Output, Transformer
-from parallel import fsdp, gradients
+from parallel import collectives, fsdp, gradients
 from parallel.experts import Owners
 from trainer.optimizer import learning_rate
 from trainer.start import Run
@@ -43,7 +43,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     square = gradients.sum_of_squares(model, run.config.parallel.replicate)
     ready_here = run.saver is not None and run.saver.ready
     said = to_device(torch.tensor([run.stop.asked, run.stop.requeue, ready_here]), run.device)
-    total_square, total_loss, total_loads, total_statistics, (stops, requeues, ready) = gradients.sum_over_ranks(
+    total_square, total_loss, total_loads, total_statistics, (stops, requeues, ready) = collectives.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
     run.watch.mark("optimizer")
@@ -136,7 +136,7 @@ def load_shares(run: Run, batch: Step) -> Tensor:
     """
     loads = sum(forward(run, micro_batch).loads for micro_batch in batch.micro_batches)
     assert isinstance(loads, Tensor)
-    (total,) = gradients.sum_over_ranks(loads.to(run.device))
+    (total,) = collectives.sum_over_ranks(loads.to(run.device))
     return (total / total.sum(1, keepdim=True).clamp(min=1)).float().to(run.device)
 
 

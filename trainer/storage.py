@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 
-from parallel import mesh
+from parallel import collectives
 from parallel.fsdp import local
 from trainer import blocks
 from trainer.blocks import BLOCK, Batch, Buffers, Damaged, Record
@@ -59,16 +59,16 @@ def file_name(rank: int) -> str:
 def make_plan(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> Plan:
     """Deal tensors out over the ranks, what several hold to one of them. On all ranks together."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), is_coordinator=mesh.rank() == 0)
+    planner.set_up_planner(dict(tensors), is_coordinator=collectives.rank() == 0)
     plan = planner.create_local_plan()
     plan = replace(plan, items=[item for item in plan.items if prod(_part(item).chunk.sizes)])
-    plans: list[SavePlan] = mesh.gather(plan, group)
+    plans: list[SavePlan] = collectives.gather(plan, group)
     table: Table = {}
-    if mesh.rank() == 0:
+    if collectives.rank() == 0:
         plans, _ = planner.create_global_plan(plans)
         for number, each in enumerate(plans):
             _note(table, number, each.items)
-    return Plan(*_layout(mesh.scatter(plans, group).items), table)
+    return Plan(*_layout(collectives.scatter(plans, group).items), table)
 
 
 def _part(item: WriteItem) -> TensorWriteData:

@@ -16,7 +16,8 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel import fsdp, gradients, mesh
+from parallel import collectives, gradients, mesh
+from parallel.build import build_model
 from parallel.mesh import World
 from tests.bench.harness import Figure, figure, peak, reset_peak
 from tests.pool import Pool
@@ -57,7 +58,7 @@ def parts(folder: str, beside: bool, threads: int) -> tuple[Transformer, torch.o
     torch.set_num_threads(threads)
     world, cpu = World.from_environment(), torch.device("cpu")
     layout = mesh.make_mesh(mesh.degrees(world, MODEL, 1, "auto", world.size), cpu)
-    model = fsdp.build(MODEL, VOCAB, 0, cpu, torch.float32, layout).train()
+    model = build_model(MODEL, VOCAB, 0, cpu, torch.float32, layout).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     config, path = CheckpointConfig(keep=1, async_save=beside), Path(folder)
     tensors = checkpoint.tensors(model, optimizer)
@@ -105,13 +106,13 @@ def timed(seconds: list[float], counts: bool) -> Iterator[None]:
 def beside(folder: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of a save that waits, and those by which one in the background makes the steps beside it longer."""
     model, optimizer, saver = parts(folder, True, 1)
-    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(mesh.rank()))
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(collectives.rank()))
 
     def step() -> None:
         output = model(tokens, tokens)
         assert output.loss is not None
         (output.loss / tokens.numel()).backward()
-        _, written = gradients.sum_over_ranks(
+        _, written = collectives.sum_over_ranks(
             gradients.sum_of_squares(model), torch.tensor(float(saver.ready))
         )
         saver.before_change()

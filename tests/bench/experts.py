@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.moe import MoE
-from parallel import fsdp, mesh
+from parallel import mesh
+from parallel.build import build_model
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
 from tests.pool import Pool
@@ -138,7 +139,7 @@ def two_ranks(keys: dict[str, int], repeats: int) -> tuple[list[float], list[flo
 
     def one(expert: int) -> Callable[[], None]:
         layout = mesh.make_mesh(mesh.Degrees(1, 2, expert), cpu)
-        model = fsdp.build(config, vocab, 0, cpu, torch.float32, layout)
+        model = build_model(config, vocab, 0, cpu, torch.float32, layout)
         optimizer = make_optimizer(model, TrainConfig(steps=1))
 
         def call() -> None:

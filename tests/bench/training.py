@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model.config import ModelConfig
 from model.precision import weights_unchanged
-from parallel import fsdp
+from parallel.build import build_model
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
 from tests.pool import Pool
@@ -29,7 +29,7 @@ Step = Callable[[], None]
 
 def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Step:
     """Forward, backward and AdamW of this trainer's model, on one process."""
-    model = fsdp.build(config, vocab_size, 0, torch.device("cpu"), dtype, None).train()
+    model = build_model(config, vocab_size, 0, torch.device("cpu"), dtype, None).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     tokens = torch.randint(0, vocab_size, (batch, length))
 

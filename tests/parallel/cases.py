@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import ModelConfig
 from model.moe import Experts, MoE
 from model.random import sequence_keys, site_keys
-from parallel import fsdp, gradients, mesh
+from parallel import collectives, fsdp, gradients
+from parallel.build import build_model
 from parallel.experts import Exchange, Owners, _Leg, distribute, logical
 from parallel.mesh import World, degrees, make_mesh
 from parallel.recompute import recompute
@@ -28,7 +29,7 @@ def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, rec
     world, config, cpu = World.from_environment(), ModelConfig(**{**SMALL, **keys}), torch.device("cpu")
     layout = make_mesh(degrees(world, config, replicate, "auto", expert), cpu)
     with mock.patch.object(fsdp, "SMALL", small):  # set back at once: these processes serve other tests too
-        return fsdp.build(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute, compile), world
+        return build_model(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute, compile), world
 
 
 def initial_digest(**keys) -> str:
@@ -51,7 +52,7 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
         (output.loss / real).backward()
         loss += output.loss.detach().double() / real
     gradients.sum_replicated(model)
-    square, loss = gradients.sum_over_ranks(gradients.sum_of_squares(model, replicate), loss)
+    square, loss = collectives.sum_over_ranks(gradients.sum_of_squares(model, replicate), loss)
     grads = {}
     for name, p in model.named_parameters():
         grad = logical(model, name, p.grad)
@@ -62,7 +63,7 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
 def agreed():
     """What ranks of different minds settle on."""
     rank = World.from_environment().rank
-    return mesh.agree(rank == 0), mesh.agree(rank != 0)
+    return collectives.broadcast(rank == 0), collectives.broadcast(rank != 0)
 
 
 def router_dtypes(**keys):
@@ -328,7 +329,7 @@ def recomputed_on_one_rank(mode):
 
     cpu = torch.device("cpu")
     with one_rank_world(cpu) as layout:
-        model = fsdp.build(ModelConfig(**SMALL), VOCAB, 3, cpu, torch.bfloat16, layout, again=mode).train()
+        model = build_model(ModelConfig(**SMALL), VOCAB, 3, cpu, torch.bfloat16, layout, again=mode).train()
         tokens = torch.arange(32).view(2, 16) % VOCAB
         loss = model(tokens, tokens).loss
         loss.backward()

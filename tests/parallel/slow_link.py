@@ -14,7 +14,8 @@ import torch
 
 from model.config import ModelConfig
 from model.moe import MoE
-from parallel import fsdp, mesh
+from parallel import fsdp, mesh, rendezvous
+from parallel.build import build_model
 from parallel.experts import Exchange, _Leg
 from trainer.faults import end
 from trainer.machine import keep_freed_memory
@@ -33,12 +34,12 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     world, cpu = mesh.World.from_environment(), torch.device("cpu")
-    mesh.connect(world, cpu, 60)
+    rendezvous.connect(world, cpu, 60)
     config = ModelConfig(
         dim=args.dim, n_layers=args.layers, n_heads=4, expert_dim=args.hidden, n_experts=8, max_seq_len=128
     )  # fmt: skip
     degrees = mesh.Degrees(1, 2, 2)
-    model = fsdp.build(config, VOCAB, 0, cpu, torch.float32, mesh.make_mesh(degrees, cpu))
+    model = build_model(config, VOCAB, 0, cpu, torch.float32, mesh.make_mesh(degrees, cpu))
     exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE) and isinstance(m.exchange, Exchange)]
     start, finish = _Leg.start, _Leg.finish
     told: dict[str, dict[str, list[float]]] = {}
@@ -84,7 +85,7 @@ def main() -> None:
     legs = {name: {k: statistics.median(v) for k, v in way.items()} for name, way in told.items()}
     steps = {"with": statistics.median(seconds[True]), "without": statistics.median(seconds[False])}
     print(json.dumps({"legs": legs, **steps}))
-    mesh.disconnect()
+    rendezvous.disconnect()
     end(0)  # Python would take itself apart under gloo's threads, and may abort
 
 

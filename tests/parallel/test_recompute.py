@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from model.attention import Places
 from model.config import ModelConfig
 from model.random import sequence_keys, site_keys
-from parallel import fsdp
+from parallel.build import build_model
 from trainer.memory import kept_numbers
 
 CPU, ROWS, LENGTH = torch.device("cpu"), 4, 32
@@ -15,7 +15,7 @@ SHAPE = dict(dim=16, n_heads=2, expert_dim=64, ffn_dim=64, n_experts=4, n_layers
 
 
 def build(mode, **keys):
-    model = fsdp.build(ModelConfig(**{**SHAPE, **keys}), 40, 0, CPU, torch.float32, None, again=mode)
+    model = build_model(ModelConfig(**{**SHAPE, **keys}), 40, 0, CPU, torch.float32, None, again=mode)
     return model.train()
 
 

@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.moe import Router
 from model.transformer import Transformer
 from parallel import fsdp, mesh
+from parallel.build import build_model
 from parallel.mesh import World
 from trainer import checkpoint, start
 from trainer.checkpoint import complete, digest, tensors
@@ -78,7 +79,7 @@ def begun(places: list[str], run: str, expert: int) -> list[str]:
     layout = mesh.make_mesh(mesh.degrees(world, c.model, 1, "auto", expert), cpu)
     done = []
     for place in places:
-        model = fsdp.build(c.model, tokenizer.vocab_size, 5, cpu, torch.float32, layout)
+        model = build_model(c.model, tokenizer.vocab_size, 5, cpu, torch.float32, layout)
         beginning(place, c.model, tokenizer.vocab_size).fill(model)
         done.append(digest(model))
     return done
@@ -114,7 +115,7 @@ def fresh(corpus: Path, *more: str) -> Run:
     world, cpu = World(), torch.device("cpu")
     c = config(corpus, Path("none"), *more)
     opened, tokenizer, loader, steps = open_corpus(c, world, cpu)
-    model = fsdp.build(c.model, tokenizer.vocab_size, c.train.seed, cpu, torch.float32, None)
+    model = build_model(c.model, tokenizer.vocab_size, c.train.seed, cpu, torch.float32, None)
     quiet = Reporter(Path("none"), c.log, "none", False)
     model.train()
     return Run(
@@ -140,7 +141,7 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
     try:
         opened, tokenizer, loader, _ = open_corpus(c, world, cpu)
         d = degrees(c, world)
-        model = fsdp.build(
+        model = build_model(
             c.model, tokenizer.vocab_size, c.train.seed, cpu, compute, mesh.make_mesh(d, cpu), c.parallel.overlap,
             c.train.recompute, c.train.compile is True,
         )  # fmt: skip
@@ -196,7 +197,7 @@ def meshed(replicate: int, expert: int) -> tuple[Transformer, torch.optim.Optimi
     world, cpu = World.from_environment(), torch.device("cpu")
     layout = mesh.make_mesh(mesh.degrees(world, MESHED, replicate, "auto", expert), cpu)
     with mock.patch.object(fsdp, "SMALL", 0):
-        model = fsdp.build(MESHED, 40, 0, cpu, torch.float32, layout)
+        model = build_model(MESHED, 40, 0, cpu, torch.float32, layout)
     return model, make_optimizer(model, TrainConfig(steps=1))
 
 

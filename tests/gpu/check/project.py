@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import parallel.build
 from model.loss import IGNORE, Loss, linear_cross_entropy
 from model.moe import grouped_product
 from model.precision import weights_unchanged
 from model.random import dropout, fold, normal, random_bytes, sequence_keys, site_keys
 from model.transformer import Transformer
-from parallel import fsdp
+from parallel import collectives, fsdp, rendezvous
 from parallel import gradients as reduction
 from parallel import mesh as meshes
 from parallel.mesh import Degrees, Mesh, World
@@ -84,7 +85,7 @@ def build_model(
     compiled = machine.choose_compile(config.train.compile, device)[0] if compiled is None else compiled
 
     def build() -> Transformer:
-        return fsdp.build(
+        return parallel.build.build_model(
             config.model, vocab_size, config.train.seed, device, dtype, mesh, config.parallel.overlap, again, compiled
         )
 
@@ -159,7 +160,7 @@ def finish_step(
     reduction.sum_replicated(model)
     parts = reduction.local_gradients(model)
     square = reduction.sum_of_squares(model, config.parallel.replicate)
-    total_square, total_loss, ranks = reduction.sum_over_ranks(
+    total_square, total_loss, ranks = collectives.sum_over_ranks(
         square.to(loss.device), loss, torch.ones((), dtype=torch.float64, device=loss.device)
     )
     norm = float(total_square) ** 0.5
@@ -208,11 +209,11 @@ def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degree
     device = machine.choose_device(config.run.device, world)
     p = config.parallel
     degrees = meshes.degrees(world, config.model, p.replicate, p.shard, p.expert)
-    meshes.connect(world, device, 120)
+    rendezvous.connect(world, device, 120)
     try:
         yield world, device, degrees, meshes.make_mesh(degrees, device)
     finally:
-        meshes.disconnect()
+        rendezvous.disconnect()
 
 
 def expert_degree(config: Config, ranks: int, expert: int | str) -> int:

@@ -22,7 +22,7 @@ help:
 	@echo "make chaos        a run killed again and again (KILLS=$(KILLS)), compared with one left alone: a table"
 	@echo "make gpu          check a machine with a GPU (nine minutes): a verdict for each part; N=8: layouts on 8 GPUs"
 	@echo "make fake-gpu     runs and counts on simulated GPUs, none needed (5 GB, an hour): ARGS='--part counts'"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, import-linter and mypy"
 	@echo "make clean        remove .venv, .venv-gpu and caches; runs and corpora stay"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv (default: the newest of 3.11 to 3.14)"
 	@echo "EXTRAS=$(EXTRAS) chooses the extras of setup.cfg to install: dev, hub, play (make test adds play)"
@@ -67,6 +67,8 @@ fake-gpu: $(if $(filter .venv-gpu,$(FAKE_GPU_VENV)),.venv-gpu/installed)
 
 lint: $(installed)
 	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(dir $(python))lint-imports --no-cache
 	@$(python) -m mypy
 
 clean:

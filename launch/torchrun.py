@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 
-from trainer import faults
+from trainer.fault_tolerance.launcher import exit_now
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
@@ -86,4 +86,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    faults.end(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

@@ -86,10 +86,13 @@ class Exchange:
         shape = (self.owners.n_experts, *tensor.shape[1:])
         names = self.mesh.mesh_dim_names or ()
         return DTensor.from_local(
-            part[: self.owners.owned(self.mesh.get_local_rank("expert"))], self.mesh,
-            [placed.get(name, Replicate()) for name in names], run_check=False, shape=torch.Size(shape),
+            part[: self.owners.owned(self.mesh.get_local_rank("expert"))],
+            self.mesh,
+            [placed.get(name, Replicate()) for name in names],
+            run_check=False,
+            shape=torch.Size(shape),
             stride=torch.empty(shape, device="meta").stride(),
-        )  # fmt: skip
+        )
 
 
 def distribute(model: nn.Module, owners: Owners, mesh: DeviceMesh, overlap: bool) -> None:
@@ -147,9 +150,7 @@ class _Leg:
     lengths are those of the tensors at both ends; rows beyond the sum of the sizes stay, and nothing arrives there.
     """
 
-    def __init__(
-        self, name: str, exchange: Exchange, to: list[int], come: list[int], lengths: tuple[int, int]
-    ) -> None:
+    def __init__(self, name: str, exchange: Exchange, to: list[int], come: list[int], lengths: tuple[int, int]) -> None:
         self.name, self.group, self.overlap = name, exchange.group, exchange.overlap
         self.to, self.come, self.lengths = to, come, lengths
         self.flight: tuple[Any, Tensor, Tensor] | None = None  # the work, what arrives, what left

@@ -1,10 +1,10 @@
 """Dense weights over many processes with FSDP2, from outside the model.
 
-Units: each block, the head,
-and the root with the embedding; a small model is one unit. Routers are no matter of FSDP: they are small, stay fp32 or
-near ties would flip, and each rank has them whole (`replicated`). With expert parallelism the experts of a layer are a
-unit of their own over the ranks that share them; where nobody does they are no matter of FSDP. Gradients are plain sums
-over the ranks, since the loss is already divided by the count of all tokens.
+Units are each block, the head, and the root with the embedding; a small model is one unit. FSDP ignores the routers:
+they are small, stay in fp32 because near ties would flip otherwise, and each rank has them whole (`replicated`). With
+expert parallelism the experts of a layer are a unit of their own over the ranks that shard them; FSDP ignores them if
+no other rank holds the same experts. Gradients are plain sums over the ranks, since the loss is already divided by the
+count of all tokens.
 """
 
 import itertools
@@ -41,9 +41,11 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
             if mesh.sparse is not None and mesh.degrees.replicate * mesh.degrees.rest > 1:
                 names = tuple(n for n in mesh.sparse.mesh_dim_names or () if n != "expert")
                 fully_shard(
-                    block.feed_forward.experts, mesh=mesh.sparse[names], mp_policy=policy(dtype),
+                    block.feed_forward.experts,
+                    mesh=mesh.sparse[names],
+                    mp_policy=policy(dtype),
                     shard_placement_fn=lambda weight: _placement(weight, mesh.degrees.rest),
-                )  # fmt: skip
+                )
         if size > SMALL:
             fully_shard(block, **dense)
     if size > SMALL:  # the head's backward comes at once

@@ -67,9 +67,13 @@ def connect(world: World, device: torch.device, timeout: float, store: dist.Stor
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
-        timeout=datetime.timedelta(seconds=timeout), device_id=device if cuda else None,
-    )  # fmt: skip
+        "cuda:nccl,cpu:gloo" if cuda else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if cuda else None,
+    )
 
 
 def disconnect() -> None:

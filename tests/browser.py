@@ -38,8 +38,11 @@ class Browser:
         self.log = (profile.parent / "chromium.log").open("wb")
         self.process = subprocess.Popen(
             ["bash", "-c", 'exec 3<&$IN 4>&$OUT; exec "$@"', "bash", program, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(here[0], there[1]), env=os.environ | ends, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
+            pass_fds=(here[0], there[1]),
+            env=os.environ | ends,
+            stdout=self.log,
+            stderr=self.log,
+        )
         os.close(here[0])
         os.close(there[1])
         self._to, self._from, self._rest, self._last = here[1], there[0], b"", 0

@@ -174,11 +174,16 @@ def chaos(folder: Path, kills: int, seed: int, more: Sequence[str] = ()) -> str:
     rows = [f"| {what} | " + " | ".join(str(driver.table[what, where]) for where in WHERE) + " |" for what in WHAT]
     minutes = (time.monotonic() - start) / 60
     return "\n".join(
-        [f"| killed | {' | '.join(WHERE)} |", "|---" * 5 + "|", *rows, "",
-         f"{kills} kills (seed {seed}) in {len(whole['losses'])} steps and {minutes:.1f} minutes; {driver.lost} steps "
-         f"were done twice. All losses, {len(whole['evaluations'])} evaluations and {len(whole) - 2} tensors of the "
-         "last checkpoint, weights and moments, are bitwise those of the run that was left alone."]
-    )  # fmt: skip
+        [
+            f"| killed | {' | '.join(WHERE)} |",
+            "|---" * 5 + "|",
+            *rows,
+            "",
+            f"{kills} kills (seed {seed}) in {len(whole['losses'])} steps and {minutes:.1f} minutes; {driver.lost} "
+            f"steps were done twice. All losses, {len(whole['evaluations'])} evaluations and {len(whole) - 2} tensors of "
+            "the last checkpoint, weights and moments, are bitwise those of the run that was left alone.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

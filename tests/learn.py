@@ -44,10 +44,17 @@ def words_of(steps: int, out: Path, more: Sequence[str]) -> list[str]:
     """The settings of all three."""
     every = max(1, steps // 20)
     return [
-        f"data.stories={STORIES}", "data.validation=0.01", f"data.dir={out}/corpus", f"train.steps={steps}",
-        f"eval.every={every}", "eval.batches=25", f"checkpoint.every={5 * every}", "log.wandb=disabled",
-        f"run.dir={out}", *more,
-    ]  # fmt: skip
+        f"data.stories={STORIES}",
+        "data.validation=0.01",
+        f"data.dir={out}/corpus",
+        f"train.steps={steps}",
+        f"eval.every={every}",
+        "eval.batches=25",
+        f"checkpoint.every={5 * every}",
+        "log.wandb=disabled",
+        f"run.dir={out}",
+        *more,
+    ]
 
 
 def variants(words: Sequence[str]) -> dict[str, list[str]]:
@@ -81,9 +88,14 @@ def run(name: str, words: Sequence[str], out: Path) -> Result:
     last = [x["expert_load_max"] for x in steps[-len(steps) // 10 :] if x.get("expert_load_max")]
     told = [line for line in cost["said"].splitlines() if "sentences in" in line]
     return Result(
-        name, evals, steps[-1]["tokens"], cost["cpu"] / 60, cost["wall"] / 60, sum(last) / len(last) if last else None,
+        name,
+        evals,
+        steps[-1]["tokens"],
+        cost["cpu"] / 60,
+        cost["wall"] / 60,
+        sum(last) / len(last) if last else None,
         told[0].partition(" sentences")[0] if told else "-",
-    )  # fmt: skip
+    )
 
 
 def cpu_seconds() -> float:
@@ -141,6 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.main import guarded
+    from trainer.cli import guarded
 
     sys.exit(guarded(main))

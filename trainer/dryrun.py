@@ -12,7 +12,7 @@ from parallel.mesh import World
 from trainer import machine
 from trainer.config import Config
 from trainer.memory import OUTSIDE, Memory, memory_needed
-from trainer.start import degrees, open_corpus
+from trainer.startup import degrees, open_corpus
 
 
 def print_plan(config: Config) -> None:
@@ -36,12 +36,15 @@ def print_plan(config: Config) -> None:
     length = f"{steps:,} steps, {steps * tokens:,} tokens" if steps else "steps are known when the corpus is"
     need, free = memory_needed(config, vocab_size, dtype, d, share), machine.free_memory(device)
     here = "" if free is None else f"; free here: {_gib(free)}" + ("" if device.type == "cuda" else " for all ranks")
-    print(f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, "
-          f"on {machine.describe(device)}")  # fmt: skip
+    print(
+        f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}"
+    )
     if config.model.moe_layers:
         owners = Owners(config.model.n_experts, d.expert)
-        print(f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
-              f"({owners.waste - 1:.0%} more than needed), each sharded over {d.rest}")  # fmt: skip
+        print(
+            f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
+            f"({owners.waste - 1:.0%} more than needed), each sharded over {d.rest}"
+        )
     if advice := mesh.advice(world, config.model, d):
         print(f"            {advice}")
     print(f"parameters  {total:,} in all, {active:,} active a token; products in {str(dtype)[6:]}")
@@ -51,8 +54,10 @@ def print_plan(config: Config) -> None:
         print(f"            {line}")
     staged = f"; staged in {_gib(12 * total // world.size)} of memory a rank" if config.checkpoint.async_save else ""
     print(f"checkpoint  about {_gib(12 * total)} on disk, keep {config.checkpoint.keep}{staged}")
-    print(f"batch       {tokens:,} tokens: {share.micro_batches} micro-batches of {share.rows} rows a rank, "
-          f"{share.filler} filler rows a step")  # fmt: skip
+    print(
+        f"batch       {tokens:,} tokens: {share.micro_batches} micro-batches of {share.rows} rows a rank, "
+        f"{share.filler} filler rows a step"
+    )
     print(f"run         {length}; corpus: {corpus}; folder {config.run.folder}")
 
 

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.build import build_model
+from trainer.cli import add_device
 
 if TYPE_CHECKING:
-    import torch
-
     from data.shards import Corpus, Split
     from data.tokenizer import Tokenizer
     from model.transformer import Transformer
@@ -113,56 +111,6 @@ def describe(line: dict[str, Any]) -> str:
     return text + f" ({line['stories']} stories, {line['cut']} tokens cut)"
 
 
-def load_model(path: Path, requested: str = "cpu") -> tuple["Transformer", "Tokenizer", "Config"]:
-    """The model of a checkpoint (or of a run's newest) on one device, its tokenizer and its run's config.
-
-    requested: `auto`, `cpu` or `cuda`. On a CPU it computes in fp32, on a GPU as `machine.inference_dtype` says.
-    """
-    import torch
-
-    from data.settings import check
-    from data.tokenizer import Tokenizer
-    from trainer import checkpoint as checkpoints
-    from trainer import machine
-    from trainer.config import SECTION_TYPES, Config
-
-    found, passed_over = checkpoints.find(path)
-    manifest = found.manifest
-    config = Config(**{name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()})
-    cpu = torch.device("cpu")
-    model = build_model(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
-    found, more = checkpoints.load(found, model, others=found.path != path)
-    for why in [*passed_over, *more]:
-        print(f"passed over {why}", file=sys.stderr)
-    tokenizer = Tokenizer(found.path / checkpoints.TOKENIZER)
-    device = machine.device_with_room(requested, sum(p.numel() for p in model.parameters()))
-    place(model, device, machine.inference_dtype(device))
-    print(f"{found.path}: step {found.step}, on {device.type}, {name_of(model.compute_dtype)}", file=sys.stderr)
-    return model, tokenizer, config
-
-
-def place(model: "Transformer", device: "torch.device", dtype: "torch.dtype") -> None:
-    """Let a model compute on a device in `dtype`. Its weights become that, but for the routers', as under FSDP."""
-    from model.moe import Router
-
-    routers = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
-    for parameter in model.parameters():
-        if parameter not in routers:
-            parameter.data = parameter.data.to(dtype)
-    model.to(device)
-    model.compute_dtype = dtype
-
-
-def name_of(dtype: "torch.dtype") -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """The flag `--device`, the same for all commands that compute with a checkpoint."""
-    about = "where to compute: a GPU (bf16 from sm80 on), or the CPU (fp32); auto: the GPU if there is one"
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help=f"{about} (default: auto)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
@@ -174,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data.settings import UserError
     from data.shards import Corpus
     from parallel.mesh import World
-    from trainer.machine import set_threads
+    from trainer.checkpoint.load import load_model
+    from trainer.machine import dtype_name, set_threads
 
     if args.batches != "all" and not (args.batches.isdigit() and int(args.batches) > 0):
         raise UserError(f"--batches {args.batches}: give all, or a number from 1")
@@ -184,13 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if corpus.tokenizer().hash != tokenizer.hash:
         raise UserError(f"--data {corpus.folder}: its tokenizer is not the checkpoint's; prepare it with that")
     line = evaluate(model, corpus, config, args.batches, World(), args.split)
-    line |= {"device": model.embedding.weight.device.type, "dtype": name_of(model.compute_dtype)}
+    line |= {"device": model.embedding.weight.device.type, "dtype": dtype_name(model.compute_dtype)}
     print(describe(line), file=sys.stderr)
     print(json.dumps(line))
     return 0
 
 
 if __name__ == "__main__":
-    from trainer.main import guarded
+    from trainer.cli import guarded
 
     sys.exit(guarded(main))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.settings import Parser, UserError
+from trainer.fault_tolerance.launcher import exit_now
 
 if TYPE_CHECKING:
     import torch
@@ -173,11 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--top-p", type=float, default=defaults.top_p, help="only the likeliest that reach P together (%(default)s)"
     )
     parser.add_argument(
-        "--repetition-penalty", type=float, default=defaults.repetition_penalty,
+        "--repetition-penalty",
+        type=float,
+        default=defaults.repetition_penalty,
         help="above 1: less of what was there before (%(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the first prompt, then + 1 (%(default)s)")
-    from trainer.evaluate import add_device, load_model
+    from trainer.checkpoint.load import load_model
+    from trainer.cli import add_device
 
     add_device(parser)
     args = vars(parser.parse_args(argv))
@@ -202,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer import faults
-    from trainer.main import guarded
+    from trainer.cli import guarded
 
-    faults.end(guarded(main))
+    exit_now(guarded(main))

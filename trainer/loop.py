@@ -24,15 +24,18 @@ from parallel import collectives, fsdp, rendezvous
 from parallel.mesh import World
 from parallel.rendezvous import another, find_others
 from trainer import machine
+from trainer.checkpoint.saver import Saver
 from trainer.config import Config
 from trainer.evaluate import describe, evaluate
-from trainer.faults import RankFailed, StopFlag, Stopped, clear_mark, leave_mark, memory_error, sibling_gone
+from trainer.fault_tolerance.errors import RankFailed, Stopped, memory_error
+from trainer.fault_tolerance.processes import sibling_exited
+from trainer.fault_tolerance.signals import StopFlag, clear_mark, leave_mark
+from trainer.fault_tolerance.watchdog import Watch
 from trainer.generate import Sampling, text_of
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
-from trainer.saver import Saver
-from trainer.start import (
-    Run,
+from trainer.run import Run
+from trainer.startup import (
     begin,
     build,
     degrees,
@@ -44,7 +47,6 @@ from trainer.start import (
     weights_of_another,
 )
 from trainer.step import train_step
-from trainer.watch import Watch
 
 LIVES = itertools.count()  # of runs in this process
 BACKSTOP = 4  # times run.timeout, for the collectives: the watch, which can say who is late, ends a run before
@@ -83,7 +85,7 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
         clear_mark(config.run.folder)
     machine.keep_freed_memory()
     try:
-        store = find_others(world, config.run.timeout, lambda: watch.stop.asked and sibling_gone())
+        store = find_others(world, config.run.timeout, lambda: watch.stop.asked and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
     watch.begin(store and another(store, f"watch/{next(LIVES)}"))
@@ -114,9 +116,22 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
     model, dtype = build(config, world, device, tokenizer.vocab_size, found)
     optimizer, scale = make_optimizer(model, config.train), LossScale.of(dtype)
     run = Run(
-        config, world, device, dtype, corpus, tokenizer, loader, steps, model, optimizer, degrees(config, world), scale,
-        report, watch.stop, watch=watch,
-    )  # fmt: skip
+        config,
+        world,
+        device,
+        dtype,
+        corpus,
+        tokenizer,
+        loader,
+        steps,
+        model,
+        optimizer,
+        degrees(config, world),
+        scale,
+        report,
+        watch.stop,
+        watch=watch,
+    )
     watch.mark("loading the checkpoint")
     begin(run, found, passed_over, threads, weights)
     saver = make_saver(run, lock)
@@ -168,10 +183,14 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
         run.report.train(
             run.step,
             {
-                "tokens": run.tokens, **result.fields, "tokens_per_second": batch.real_tokens / seconds,
-                "step_seconds": seconds, "data_seconds": waited, **device_fields(run, batch.real_tokens / seconds),
+                "tokens": run.tokens,
+                **result.fields,
+                "tokens_per_second": batch.real_tokens / seconds,
+                "step_seconds": seconds,
+                "data_seconds": waited,
+                **device_fields(run, batch.real_tokens / seconds),
             },
-        )  # fmt: skip
+        )
         if result.ready:
             saver.advance()
         if run.skipped >= config.train.max_skipped:
@@ -300,7 +319,7 @@ def finish(run: Run) -> None:
         told, all_of_them = (sum(column) for column in zip(*counts, strict=True))
         print(f"{told} of {all_of_them} sentences in {len(stories)} stories are ones the storybook could tell")
     print(
-        f"generate:  python -m trainer.generate --checkpoint {run.folder} --prompt \"{run.config.sample.prompts[0]}\"\n"
+        f'generate:  python -m trainer.generate --checkpoint {run.folder} --prompt "{run.config.sample.prompts[0]}"\n'
         f"evaluate:  python -m trainer.evaluate --checkpoint {run.folder}\n"
         f"go on:     {command()} train.steps={2 * run.steps}"
     )

@@ -20,7 +20,7 @@ from model.loss import Loss, liger_cross_entropy
 from model.segments import c_compiler as c_compiler
 from model.segments import flex_supported, triton_lacks
 from parallel.mesh import World
-from trainer import faults
+from trainer.terminal import log_stderr
 
 # What the data sheets and architecture papers of NVIDIA give for dense products with sums in fp32, without sparsity, in
 # TFLOP/s of (bf16, fp16); None where a card has no tensor cores for it. A pattern has to match all that follows the
@@ -62,7 +62,7 @@ def choose_device(requested: str, world: World, option: str = "run.device=") -> 
         check_card(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), option)
     kind, line = device_for(requested, world.local_size, count, problem, option)
     if line is not None:
-        faults.tell(line, by=world.rank - world.local_rank)
+        log_stderr(line, by=world.rank - world.local_rank)
     return torch.device("cuda", world.local_rank) if kind == "cuda" else torch.device("cpu")
 
 
@@ -194,7 +194,7 @@ def device_with_room(requested: str, weights: int) -> torch.device:
     here = f"the model's weights take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of GPU memory are free"
     if requested == "cuda":
         raise UserError(f"--device cuda: {here}; use --device cpu")
-    faults.tell(f"--device auto: using the CPU; {here}")
+    log_stderr(f"--device auto: using the CPU; {here}")
     return torch.device("cpu")
 
 
@@ -369,3 +369,8 @@ def free_memory(device: torch.device) -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,16 +1,17 @@
 """The command that trains: reads the settings, answers what needs no torch, and hands over to the loop.
 
-    torchrun --nproc_per_node=2 -m trainer.main --config launch/tiny.yaml [section.key=value ...]
+torchrun --nproc_per_node=2 -m trainer.main --config launch/tiny.yaml [section.key=value ...]
 """
 
 import argparse
-import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from data.settings import UserError, help_text
-from trainer import environment, faults
+from data.settings import help_text
+from trainer.cli import guarded
 from trainer.config import SECTION_TYPES, read_config
+from trainer.fault_tolerance.launcher import die_with_parent, end_launcher, exit_now
+from trainer.fault_tolerance.signals import StopFlag
 
 VERSION = "0.1.0"
 
@@ -44,40 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print_plan(read_config(args.config, args.settings))
         return 0
-    faults.die_with_parent()
-    stop = faults.StopFlag().listen()  # until the process ends
+    die_with_parent()
+    stop = StopFlag().listen()  # until the process ends
     config = read_config(args.config, args.settings)
     from trainer.loop import train
 
     code = train(config, stop)
     if code:  # a save failed, but nobody died: to start again is the user's to decide
-        faults.end_launcher()
-    return code
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130.
-
-    What another rank ended with is one line too. torchrun is kept from trying a mistake again. To be called before
-    torch is imported, which reads the environment that is set here.
-    """
-    environment.set_defaults()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
-    try:
-        return command()
-    except UserError as error:
-        faults.tell(str(error))
-        code = 2
-    except faults.RankFailed as error:
-        faults.tell(str(error), faults.rank())
-        code = error.code
-    except KeyboardInterrupt:
-        faults.tell("interrupted")
-        return 130
-    if code == 2:
-        faults.end_launcher()
+        end_launcher()
     return code
 
 
 if __name__ == "__main__":
-    faults.end(guarded(main))
+    exit_now(guarded(main))

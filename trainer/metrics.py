@@ -108,9 +108,13 @@ class Reporter:
         if sys.stderr.isatty():
             plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
             self._bar = tqdm(
-                initial=step, total=steps, unit="step", dynamic_ncols=True, colour=None if plain else "green",
+                initial=step,
+                total=steps,
+                unit="step",
+                dynamic_ncols=True,
+                colour=None if plain else "green",
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
-            )  # fmt: skip
+            )
 
     def _start_wandb(self, settings: dict[str, Any]) -> None:
         mode = self.config.wandb
@@ -124,9 +128,13 @@ class Reporter:
 
             quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True)
             self._wandb = wandb.init(
-                project=self.config.project, name=self.name, dir=str(self.folder), mode=mode, config=settings,
+                project=self.config.project,
+                name=self.name,
+                dir=str(self.folder),
+                mode=mode,
+                config=settings,
                 settings=quiet,
-            )  # fmt: skip
+            )
             self._wandb.define_metric("*", step_metric="step")
         except Exception as error:  # a logger must not end a run
             self.say(f"log.wandb={mode}: {str(error).splitlines()[0]}; going on without it")

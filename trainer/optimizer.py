@@ -42,8 +42,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         groups.setdefault((decays, kind), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": p, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), p in groups.items()],
-        lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
-    )  # fmt: skip
+        lr=config.max_lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
     for parameter in model.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

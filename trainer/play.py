@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.settings import UserError
 from data.tokenizer import StreamDecoder
+from trainer.fault_tolerance.launcher import exit_now
 from trainer.generate import Sampling, generate
 
 if TYPE_CHECKING:
@@ -274,11 +275,22 @@ def serve(blocks: "gradio.Blocks", n_experts: int, ear: socket.socket) -> None:
     host, port = ear.getsockname()[:2]
     font, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the reader's own
     app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, "/", host, port, show_error=False,
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        blocks,
+        "/",
+        host,
+        port,
+        show_error=False,
         theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", font=font, font_mono=mono),
-        css=style(n_experts), footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
-        enable_monitoring=False, max_file_size=0,
-    )  # fmt: skip
+        css=style(n_experts),
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        max_file_size=0,
+    )
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [ear]}, daemon=True)
     thread.start()
@@ -296,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]}")
-    from trainer.evaluate import add_device, load_model
+    from trainer.checkpoint.load import load_model
+    from trainer.cli import add_device
 
     add_device(parser)
     args = parser.parse_args(argv)
@@ -319,7 +332,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer import faults
-    from trainer.main import guarded
+    from trainer.cli import guarded
 
-    faults.end(guarded(main))
+    exit_now(guarded(main))

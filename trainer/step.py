@@ -21,7 +21,7 @@ from model.transformer import Output, Transformer
 from parallel import collectives, fsdp, gradients
 from parallel.experts import Owners
 from trainer.optimizer import learning_rate
-from trainer.start import Run
+from trainer.run import Run
 
 
 @dataclass

@@ -21,11 +21,12 @@ from parallel.build import build_model
 from parallel.mesh import World
 from tests.bench.harness import Figure, figure, peak, reset_peak
 from tests.pool import Pool
-from trainer import checkpoint
+from trainer.checkpoint.folder import open_checkpoint
+from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
+from trainer.checkpoint.saver import Saver
 from trainer.config import CheckpointConfig, TrainConfig
 from trainer.machine import keep_freed_memory
 from trainer.optimizer import make_optimizer
-from trainer.saver import Saver
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(dim=512, n_layers=2, n_heads=8, expert_dim=320, n_experts=31)  # 440 MB with its optimizer
@@ -61,7 +62,7 @@ def parts(folder: str, beside: bool, threads: int) -> tuple[Transformer, torch.o
     model = build_model(MODEL, VOCAB, 0, cpu, torch.float32, layout).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     config, path = CheckpointConfig(keep=1, async_save=beside), Path(folder)
-    tensors = checkpoint.tensors(model, optimizer)
+    tensors = checkpoint_tensors(model, optimizer)
     return model, optimizer, Saver(path / f"{world.size}", tensors, path / "tokenizer.model", config)
 
 
@@ -69,7 +70,7 @@ def alone(folder: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of saving, of loading and of the same with plain files; MiB that a save takes at its most."""
     model, optimizer, saver = parts(folder, False, len(os.sched_getaffinity(0)))
     seconds: dict[str, list[float]] = {"save": [], "plain write": [], "load": [], "plain read": [], "memory": []}
-    everything = [t.detach().flatten() for t in checkpoint.tensors(model, optimizer).values()]
+    everything = [t.detach().flatten() for t in checkpoint_tensors(model, optimizer).values()]
     content, plain = torch.cat(everything).view(torch.uint8).numpy().data, Path(folder, "plain")
     for number in range(repeats + 1):
         before = reset_peak()
@@ -85,7 +86,7 @@ def alone(folder: str, repeats: int) -> dict[str, list[float]]:
         for each in (plain, *path.iterdir()):
             forget(each)
         with timed(seconds["load"], number > 0):
-            checkpoint.load(checkpoint.open_checkpoint(path), model, optimizer)
+            load_checkpoint(open_checkpoint(path), model, optimizer)
         buffer = bytearray(BLOCK)
         with timed(seconds["plain read"], number > 0), open(plain, "rb", buffering=0) as file:
             while got := file.readinto(buffer):
@@ -112,9 +113,7 @@ def beside(folder: str, repeats: int) -> dict[str, list[float]]:
         output = model(tokens, tokens)
         assert output.loss is not None
         (output.loss / tokens.numel()).backward()
-        _, written = collectives.sum_over_ranks(
-            gradients.sum_of_squares(model), torch.tensor(float(saver.ready))
-        )
+        _, written = collectives.sum_over_ranks(gradients.sum_of_squares(model), torch.tensor(float(saver.ready)))
         saver.before_change()
         optimizer.step()
         optimizer.zero_grad()

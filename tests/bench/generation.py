@@ -77,7 +77,7 @@ def exported(model: Transformer) -> Callable[[Sequence[Sequence[int]]], Callable
         import transformers
     except ImportError:
         return None
-    from trainer.hub_names import pieces, to_llama
+    from trainer.hub.mapping import pieces, to_llama
 
     config = transformers.Llama4TextConfig(**to_llama(model.config, VOCAB, 1, 2, "float32"))
     theirs = transformers.Llama4ForCausalLM(config).eval()

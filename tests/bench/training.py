@@ -19,11 +19,14 @@ from trainer.machine import bf16_pays, keep_freed_memory
 from trainer.optimizer import make_optimizer
 
 SIZES = {  # vocabulary, rows, tokens a row, and the model
-    "small": (4096, 8, 256, ModelConfig(
-        dim=256, n_layers=4, n_heads=8, expert_dim=512, ffn_dim=1024, n_experts=31, moe_every=2)),
-    "medium": (8192, 4, 512, ModelConfig(
-        dim=768, n_layers=2, n_heads=8, expert_dim=2048, ffn_dim=4096, n_experts=31)),
-}  # fmt: skip
+    "small": (
+        4096,
+        8,
+        256,
+        ModelConfig(dim=256, n_layers=4, n_heads=8, expert_dim=512, ffn_dim=1024, n_experts=31, moe_every=2),
+    ),
+    "medium": (8192, 4, 512, ModelConfig(dim=768, n_layers=2, n_heads=8, expert_dim=2048, ffn_dim=4096, n_experts=31)),
+}
 Step = Callable[[], None]
 
 
@@ -51,13 +54,25 @@ def transformers_step(config: ModelConfig, vocab_size: int, batch: int, length: 
     """
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
-        vocab_size=vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers, use_cache=False,
-        num_attention_heads=config.n_heads, num_key_value_heads=config.kv_heads, intermediate_size=config.ffn_dim,
-        moe_intermediate_size=config.expert_dim, shared_expert_intermediate_size=config.expert_dim,
-        num_experts=config.n_experts, num_experts_per_tok=config.top_k, decoder_sparse_step=config.moe_every,
-        max_position_embeddings=config.max_seq_len, output_router_logits=False, experts_implementation="grouped_mm",
-    )).train()  # fmt: skip
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_layers,
+            use_cache=False,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.kv_heads,
+            intermediate_size=config.ffn_dim,
+            moe_intermediate_size=config.expert_dim,
+            shared_expert_intermediate_size=config.expert_dim,
+            num_experts=config.n_experts,
+            num_experts_per_tok=config.top_k,
+            decoder_sparse_step=config.moe_every,
+            max_position_embeddings=config.max_seq_len,
+            output_router_logits=False,
+            experts_implementation="grouped_mm",
+        )
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, vocab_size, (batch, length))
 

@@ -14,7 +14,7 @@ import torch
 
 from data.prepare import main as prepare
 from tests.compatibility.cases import RECORDED
-from trainer.evaluate import load_model
+from trainer.checkpoint.load import load_model
 from trainer.metrics import read_lines
 
 

@@ -37,9 +37,20 @@ def test_fine_text_is_left_as_it_is(fine):
 
 
 ALPHABETS = [
-    "abcdeéèêëàâùûüôöîïçœæÿ", "abcdäöüßéñ", "aeiouáéíóúüñbcd", "aeioãõáâàéêíóôúçbcdm", "aăâîșțbcd", "aðþæöáéíóúýbcd",
-    "aáčďéěíňóřšťúůýžbc", "åäöøæabc", "aąćęłńóśźżbc", "абвгдеё", "αβγδέ", "漢字かな", "🎉😀é",
-]  # fmt: skip
+    "abcdeéèêëàâùûüôöîïçœæÿ",
+    "abcdäöüßéñ",
+    "aeiouáéíóúüñbcd",
+    "aeioãõáâàéêíóôúçbcdm",
+    "aăâîșțbcd",
+    "aðþæöáéíóúýbcd",
+    "aáčďéěíňóřšťúůýžbc",
+    "åäöøæabc",
+    "aąćęłńóśźżbc",
+    "абвгдеё",
+    "αβγδέ",
+    "漢字かな",
+    "🎉😀é",
+]
 
 
 @st.composite
@@ -80,6 +91,10 @@ def _cp1252(byte: int) -> str:
 def test_two_stories_in_one_are_split_and_counted():
     cleaner = Cleaner()
     assert list(cleaner(["One.\n<|endoftext|>\n Two.", "Three", "<|endoftext|>", "\nItâ€™s â€œ<|endoftext|>"])) == [
-        "One.", " Two.", "Three", "", "It’s “",
-    ]  # fmt: skip
+        "One.",
+        " Two.",
+        "Three",
+        "",
+        "It’s “",
+    ]
     assert str(cleaner) == "2 sequences of mojibake repaired in 1 texts, 3 texts split at <|endoftext|>"

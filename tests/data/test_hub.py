@@ -90,8 +90,11 @@ def prepare(hub, tmp_path_factory, tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "data.prepare", f"data.source={source}", *words],
             env=hub.environment(home, PYTHONPATH=str(ROOT), HF_TOKEN="hf_secret") | environment,
-            cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
 
     return run
 
@@ -107,9 +110,7 @@ def stories(folder: Path, name: str) -> list[str]:
     corpus = Corpus.open(folder)
     split, tokenizer = corpus.split(name), corpus.tokenizer()
     shards = [split.shard(number) for number in range(len(split.shards))]
-    return [
-        tokenizer.decode(part.tolist()) for s in shards for part in np.split(s.tokens, s.starts[1:-1])
-    ]  # fmt: skip
+    return [tokenizer.decode(part.tolist()) for s in shards for part in np.split(s.tokens, s.starts[1:-1])]
 
 
 @pytest.mark.slow

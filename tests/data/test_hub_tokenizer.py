@@ -9,22 +9,39 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.hub_tokenizer import convert, export_tokenizer
 from data.settings import UserError
 from data.sources.storybook import story
 from data.tokenizer import Tokenizer, train
 from tests.data.test_tokenizer import NASTY, STORIES, TEXTS, model_of_others
+from trainer.hub.tokenizer import convert, export_tokenizer
 
 pytest.importorskip("tokenizers", reason="the extra `hub` is not installed")
 
 CODE = Path(__file__).read_text(encoding="utf-8")
 HOSTILE = [
-    *NASTY, story(0, 1), CODE, CODE.replace("\n", "\r\n"), CODE.replace("    ", "\t"), " lead", "trail ",
-    "\n \n\t ", "<s>Once</s>", " <s> ", "<0x0A><0xFF>", "<0xE2><0x96><0x81>", "\u2581Once\u2581upon",
-    "a\u2581 \u2581b", "\u2581" * 9,
-    "ab" * 500, " " * 333, "🎉" * 50,
-    "e\u0301 \u00e9 \ufb01 \u2167 \u1e9b\u0323", "\u202eevil\u202c", "\x1b[0m\x7f", "",
-]  # fmt: skip
+    *NASTY,
+    story(0, 1),
+    CODE,
+    CODE.replace("\n", "\r\n"),
+    CODE.replace("    ", "\t"),
+    " lead",
+    "trail ",
+    "\n \n\t ",
+    "<s>Once</s>",
+    " <s> ",
+    "<0x0A><0xFF>",
+    "<0xE2><0x96><0x81>",
+    "\u2581Once\u2581upon",
+    "a\u2581 \u2581b",
+    "\u2581" * 9,
+    "ab" * 500,
+    " " * 333,
+    "🎉" * 50,
+    "e\u0301 \u00e9 \ufb01 \u2167 \u1e9b\u0323",
+    "\u202eevil\u202c",
+    "\x1b[0m\x7f",
+    "",
+]
 LLAMA2: dict[str, Any] = dict(remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
 
 
@@ -80,9 +97,16 @@ def test_the_order_of_merges_is_that_of_sentencepiece(tmp_path_factory, data):
     more: dict[str, Any] = dict(hard_vocab_limit=False, add_dummy_prefix=False, remove_extra_whitespaces=False)
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus * 4), model_writer=made, model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", required_chars="\u2581", minloglevel=2, **more,
-    )  # fmt: skip
+        sentence_iterator=iter(corpus * 4),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        required_chars="\u2581",
+        minloglevel=2,
+        **more,
+    )
     path.write_bytes(made.getvalue())
     tokenizer = Tokenizer(path)
     fast = convert(tokenizer)
@@ -178,9 +202,16 @@ def test_a_model_without_a_blank_is_refused(tmp_path):
     """To sentencepiece a blank is then the bytes of U+2581, and comes back as that."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["漢字"] * 9), model_writer=made, model_type="bpe", vocab_size=262, byte_fallback=True,
-        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["漢字"] * 9),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=262,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
     (tmp_path / "m.model").write_bytes(made.getvalue())
     with pytest.raises(UserError, match="since it has no piece for a blank"):
         export_tokenizer(Tokenizer(tmp_path / "m.model"), tmp_path, 10)

@@ -21,8 +21,13 @@ from data.sources.base import side
 from data.tokenizer import Tokenizer, train
 
 NAMES = ("Tom", "Lily", "Ann", "Bo", "Max", "Mia")
-STORIES = [f"{name} saw a {size} {thing}.\n\n{name} was {mood}. " for name in NAMES for size in ("big", "red", "old")
-           for thing in ("dog", "cat", "hat", "car", "pond") for mood in ("glad", "sad")]  # fmt: skip
+STORIES = [
+    f"{name} saw a {size} {thing}.\n\n{name} was {mood}. "
+    for name in NAMES
+    for size in ("big", "red", "old")
+    for thing in ("dog", "cat", "hat", "car", "pond")
+    for mood in ("glad", "sad")
+]
 ODD = ["<s> </s> <unk> <pad> <0x41>", "\u2581 \u2585\0", " two  blanks ", "tab\tCRLF\r\n🎉 漢字", "x" * 20_000]
 GOES_ON = "the same command goes on after the last finished shard"
 COMMAND = [sys.executable, "-m", "data.prepare"]

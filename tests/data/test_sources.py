@@ -89,8 +89,11 @@ def test_txt_is_parted_at_lines_that_are_the_separator(tmp_path):
     )
     source = open_source(config_of(path))
     assert [d.text for d in source] == [
-        " One.\n\nTwo. ", "Three <|endoftext|>\n <|endoftext|>", "Four\r\nfive", "Six",
-    ]  # fmt: skip
+        " One.\n\nTwo. ",
+        "Three <|endoftext|>\n <|endoftext|>",
+        "Four\r\nfive",
+        "Six",
+    ]
     assert source.empty == 2
 
 

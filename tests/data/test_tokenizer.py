@@ -17,11 +17,43 @@ from data.tokenizer import BOS, EOS, PAD, UNK, UNTRAINABLE, StreamDecoder, Token
 
 WORDS = "the a cat dog Lily Tom ran sat saw and then happy little big tree ball said was very to in home".split()
 NASTY = [
-    *UNTRAINABLE, "\t", "\r", "\r\n", "\n", "\n\n", " ", "  ", "\u00a0", "\u3000", "\u200b", "\u2028", "\ufeff",
-    "\ufffd", "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "<0x0A>", "<|endoftext|>", "\u2047", " \u2047 ",
-    "\U0010ffff", "\uffff",
-    "🎉", "👨‍👩‍👧", "漢字", "é", "e\u0301", "…", "â€œ", "0123", "cat", " the", ".",
-]  # fmt: skip
+    *UNTRAINABLE,
+    "\t",
+    "\r",
+    "\r\n",
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    "\u2028",
+    "\ufeff",
+    "\ufffd",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<0x41>",
+    "<0x0A>",
+    "<|endoftext|>",
+    "\u2047",
+    " \u2047 ",
+    "\U0010ffff",
+    "\uffff",
+    "🎉",
+    "👨‍👩‍👧",
+    "漢字",
+    "é",
+    "e\u0301",
+    "…",
+    "â€œ",
+    "0123",
+    "cat",
+    " the",
+    ".",
+]
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(NASTY)).map("".join))
 
 
@@ -262,9 +294,14 @@ def test_models_with_other_ways_of_blanks_are_asked_text_by_text(tmp_path):
     for number, way in enumerate(ways):
         settings = {"add_dummy_prefix": False, "remove_extra_whitespaces": False} | way
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat and the cat ran to the mat"] * 50), vocab_size=300,
-            model_prefix=str(tmp_path / str(number)), model_type="bpe", byte_fallback=True, minloglevel=2, **settings,
-        )  # fmt: skip
+            sentence_iterator=iter(["the cat sat on the mat and the cat ran to the mat"] * 50),
+            vocab_size=300,
+            model_prefix=str(tmp_path / str(number)),
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            **settings,
+        )
         other = Tokenizer(tmp_path / f"{number}.model")
         words = Words(other)
         assert not words.fits

@@ -227,9 +227,17 @@ def wrong_address(jobs: Jobs) -> None:
 
 
 SCENARIOS = [
-    mistaken, wrong_address, preempted_at_once, failing, cancelled, stopped_by_the_user, preempted, requeued,
-    undisturbed, time_limit,
-]  # fmt: skip
+    mistaken,
+    wrong_address,
+    preempted_at_once,
+    failing,
+    cancelled,
+    stopped_by_the_user,
+    preempted,
+    requeued,
+    undisturbed,
+    time_limit,
+]
 
 
 @pytest.fixture(scope="module")

@@ -119,10 +119,14 @@ def test_a_scale_is_not_rounded_to_bf16(scale):
 @pytest.mark.parametrize(
     "capability, grouped, flash",
     [
-        (T4, False, False), (A100, False, True), (L4, False, True), (RTX, False, True), (H100, True, True),
+        (T4, False, False),
+        (A100, False, True),
+        (L4, False, True),
+        (RTX, False, True),
+        (H100, True, True),
         (B200, True, True),
     ],
-)  # fmt: skip
+)
 def test_kernels_are_chosen_by_what_a_card_has(capability, grouped, flash):
     assert has_grouped_kernel(BF16, capability) == grouped
     assert not has_grouped_kernel(FP32, capability) and not has_grouped_kernel(FP16, capability)

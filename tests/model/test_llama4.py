@@ -12,7 +12,7 @@ from model.config import ModelConfig, RopeScaling
 from model.moe import Router
 from model.transformer import Transformer
 from tests.trainer.cases import narrowest
-from trainer.hub_names import pieces, to_llama
+from trainer.hub.mapping import pieces, to_llama
 
 transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 VOCAB = 37
@@ -33,7 +33,9 @@ configs = st.builds(
     rope_theta=st.sampled_from([10_000.0, 500_000.0]),
     rope_scaling=st.none()
     | st.builds(
-        RopeScaling, factor=st.sampled_from([8, 16]), high_freq_factor=st.sampled_from([1, 4]),
+        RopeScaling,
+        factor=st.sampled_from([8, 16]),
+        high_freq_factor=st.sampled_from([1, 4]),
         original_max_position_embeddings=st.sampled_from([32, 64]),
     ),
     nope_every=st.sampled_from([0, 2, 3]),
@@ -44,12 +46,14 @@ configs = st.builds(
     temperature_scale=st.sampled_from([0.1, 0.7]),
     norm_eps=st.sampled_from([1e-5, 1e-2]),
     tie_embeddings=st.booleans(),
-)  # fmt: skip
+)
 drawn = st.tuples(configs, st.booleans(), st.integers(0, 99))
 few = settings(
-    max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate],  # a failure shows by its keys; no search
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],  # a failure shows by its keys; no search
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)  # fmt: skip
+)
 
 
 def both(config, seed, dtype):
@@ -149,9 +153,17 @@ def test_positions_far_from_the_start(theta):
 def test_real_sizes_of_chunk_and_floor():
     """8,200 tokens, past the borders of Llama 4's own chunk and temperature floor."""
     config = ModelConfig(
-        dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_dim=16, moe_every=0, nope_every=2, attention_chunk=8192,
-        temperature_scale=0.7, max_seq_len=16384,
-    )  # fmt: skip
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        ffn_dim=16,
+        moe_every=0,
+        nope_every=2,
+        attention_chunk=8192,
+        temperature_scale=0.7,
+        max_seq_len=16384,
+    )
     ours, theirs = both(config, 3, torch.float32)
     tokens = tokens_of(3, 8200)[:1]
     with torch.no_grad():

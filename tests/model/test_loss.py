@@ -10,9 +10,12 @@ from model.loss import IGNORE, linear_cross_entropy
 
 @settings(max_examples=30, deadline=None)
 @given(
-    tokens=st.integers(1, 40), vocab=st.integers(2, 30), dim=st.integers(1, 9), rows=st.integers(1, 50),
+    tokens=st.integers(1, 40),
+    vocab=st.integers(2, 30),
+    dim=st.integers(1, 9),
+    rows=st.integers(1, 50),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_equals_plain_cross_entropy(tokens, vocab, dim, rows, seed):
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, dim, generator=g, dtype=torch.float64, requires_grad=True)

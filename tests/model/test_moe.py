@@ -37,9 +37,12 @@ def by_token(moe, x, real):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n_experts=st.integers(1, 6), top_k=st.integers(1, 3), shared=st.booleans(), seed=st.integers(0, 50),
+    n_experts=st.integers(1, 6),
+    top_k=st.integers(1, 3),
+    shared=st.booleans(),
+    seed=st.integers(0, 50),
     masked=st.sampled_from([0.0, 0.4, 1.0]),
-)  # fmt: skip
+)
 def test_equals_the_definition_token_by_token(n_experts, top_k, shared, seed, masked):
     moe = make(n_experts=n_experts, top_k=min(top_k, n_experts), shared_expert=shared)
     g = torch.Generator().manual_seed(seed)

@@ -14,9 +14,19 @@ from model.segments import Flex, Groups
 from model.transformer import Transformer
 
 SMALL = dict(
-    dim=16, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=24, expert_dim=20, n_experts=5, moe_every=2, nope_every=4,
-    max_seq_len=64, attention_chunk=8, temperature_floor=4,
-)  # fmt: skip
+    dim=16,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=24,
+    expert_dim=20,
+    n_experts=5,
+    moe_every=2,
+    nope_every=4,
+    max_seq_len=64,
+    attention_chunk=8,
+    temperature_floor=4,
+)
 VOCAB = 40
 
 

@@ -10,9 +10,19 @@ from model.random import sequence_keys, site_keys
 from model.transformer import Transformer
 
 SMALL = dict(
-    dim=16, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=24, expert_dim=20, n_experts=5, moe_every=2, nope_every=4,
-    max_seq_len=64, attention_chunk=8, temperature_floor=4,
-)  # fmt: skip
+    dim=16,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=24,
+    expert_dim=20,
+    n_experts=5,
+    moe_every=2,
+    nope_every=4,
+    max_seq_len=64,
+    attention_chunk=8,
+    temperature_floor=4,
+)
 VOCAB = 40
 
 
@@ -152,10 +162,12 @@ def test_short_rows_train_with_fp32_attention_on_a_cpu():
 @pytest.mark.parametrize(
     "keys, names",
     [
-        ({"n_heads": 3}, "n_heads=3"), ({"n_kv_heads": 3}, "n_kv_heads=3"), ({"head_dim": 5}, "head_dim=5"),
+        ({"n_heads": 3}, "n_heads=3"),
+        ({"n_kv_heads": 3}, "n_kv_heads=3"),
+        ({"head_dim": 5}, "head_dim=5"),
         ({"top_k": 9}, "top_k=9"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_cannot_be_are_refused(keys, names):
     with pytest.raises(ValidationError, match=names):
         ModelConfig(**{**SMALL, **keys})

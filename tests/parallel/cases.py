@@ -16,7 +16,7 @@ from parallel.build import build_model
 from parallel.experts import Exchange, Owners, _Leg, distribute, logical
 from parallel.mesh import World, degrees, make_mesh
 from parallel.recompute import recompute
-from trainer.checkpoint import digest
+from trainer.checkpoint.load import weights_digest
 
 SMALL = dict(
     dim=16, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=24, expert_dim=20, n_experts=5, moe_every=2, max_seq_len=32
@@ -33,7 +33,7 @@ def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, rec
 
 
 def initial_digest(**keys) -> str:
-    return digest(build(**keys)[0])
+    return weights_digest(build(**keys)[0])
 
 
 def one_step(replicate=1, reduce="once", micro_batches=3, **keys):

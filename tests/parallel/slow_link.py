@@ -17,7 +17,7 @@ from model.moe import MoE
 from parallel import fsdp, mesh, rendezvous
 from parallel.build import build_model
 from parallel.experts import Exchange, _Leg
-from trainer.faults import end
+from trainer.fault_tolerance.launcher import exit_now
 from trainer.machine import keep_freed_memory
 
 VOCAB = 64
@@ -37,7 +37,7 @@ def main() -> None:
     rendezvous.connect(world, cpu, 60)
     config = ModelConfig(
         dim=args.dim, n_layers=args.layers, n_heads=4, expert_dim=args.hidden, n_experts=8, max_seq_len=128
-    )  # fmt: skip
+    )
     degrees = mesh.Degrees(1, 2, 2)
     model = build_model(config, VOCAB, 0, cpu, torch.float32, mesh.make_mesh(degrees, cpu))
     exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE) and isinstance(m.exchange, Exchange)]
@@ -86,7 +86,7 @@ def main() -> None:
     steps = {"with": statistics.median(seconds[True]), "without": statistics.median(seconds[False])}
     print(json.dumps({"legs": legs, **steps}))
     rendezvous.disconnect()
-    end(0)  # Python would take itself apart under gloo's threads, and may abort
+    exit_now(0)  # Python would take itself apart under gloo's threads, and may abort
 
 
 if __name__ == "__main__":

@@ -16,9 +16,22 @@ def of(world, replicate=1, shard="auto", expert="auto", local=None, model=SCOUT)
 
 
 @pytest.mark.parametrize(
-    "world, local, expert", [(1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 4), (8, 8, 8), (5, 5, 1), (6, 6, 3), (7, 7, 1),
-                             (16, 8, 8), (24, 8, 8), (64, 4, 4), (12, 6, 3)],
-)  # fmt: skip
+    "world, local, expert",
+    [
+        (1, 1, 1),
+        (2, 2, 2),
+        (3, 3, 3),
+        (4, 4, 4),
+        (8, 8, 8),
+        (5, 5, 1),
+        (6, 6, 3),
+        (7, 7, 1),
+        (16, 8, 8),
+        (24, 8, 8),
+        (64, 4, 4),
+        (12, 6, 3),
+    ],
+)
 def test_auto_takes_the_most_that_fit_a_node_well(world, local, expert):
     assert of(world, local=local) == Degrees(1, world, expert)
 
@@ -51,7 +64,7 @@ def test_auto_always_fits(world, n_experts, dim):
         ),
         (dict(world=2, expert=2, model=ModelConfig(moe_every=0)), "parallel.expert=2: the model has no experts"),
     ],
-)  # fmt: skip
+)
 def test_degrees_that_do_not_fit_are_refused_with_those_that_would(keys, message):
     with pytest.raises(MeshError, match=message) as error:
         of(**keys)
@@ -59,8 +72,9 @@ def test_degrees_that_do_not_fit_are_refused_with_those_that_would(keys, message
 
 
 @pytest.mark.parametrize(
-    "expert, better, percent", [(1, None, 0), (8, None, 3), (6, 8, 16), (24, 8, 55), (48, 8, 55)],
-)  # fmt: skip
+    "expert, better, percent",
+    [(1, None, 0), (8, None, 3), (6, 8, 16), (24, 8, 55), (48, 8, 55)],
+)
 def test_a_waste_above_a_tenth_is_told_with_the_better_degree(expert, better, percent):
     line = advice(World(0, 48, 0, 8), SCOUT, Degrees(1, 48, expert))
     if better is None:

@@ -21,15 +21,17 @@ from model.transformer import Transformer
 from parallel import fsdp, mesh
 from parallel.build import build_model
 from parallel.mesh import World
-from trainer import checkpoint, start
-from trainer.checkpoint import complete, digest, tensors
+from trainer import startup
+from trainer.checkpoint.folder import complete_checkpoints, open_checkpoint
+from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint, weights_digest
+from trainer.checkpoint.saver import Saver
 from trainer.config import CheckpointConfig, Config, TrainConfig, read_config
-from trainer.faults import StopFlag
+from trainer.fault_tolerance.signals import StopFlag
 from trainer.loop import train
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
-from trainer.saver import Saver
-from trainer.start import Run, degrees, open_corpus, weights_of_another
+from trainer.run import Run
+from trainer.startup import degrees, open_corpus, weights_of_another
 from trainer.step import train_step
 
 MODEL = ["model.dim=16", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16", "model.n_experts=5"]
@@ -71,8 +73,8 @@ def deterministic_run(corpus: str, runs: str, more: list[str]) -> tuple[bool, st
 
 def begun(places: list[str], run: str, expert: int) -> list[str]:
     """Digests of models on these processes that begin with the weights of folders or checkpoints."""
-    from trainer.evaluate import load_model
-    from trainer.hub_import import beginning
+    from trainer.checkpoint.load import load_model
+    from trainer.hub.importer import beginning
 
     world, cpu = World.from_environment(), torch.device("cpu")
     _, tokenizer, c = load_model(Path(run))
@@ -81,7 +83,7 @@ def begun(places: list[str], run: str, expert: int) -> list[str]:
     for place in places:
         model = build_model(c.model, tokenizer.vocab_size, 5, cpu, torch.float32, layout)
         beginning(place, c.model, tokenizer.vocab_size).fill(model)
-        done.append(digest(model))
+        done.append(weights_digest(model))
     return done
 
 
@@ -105,9 +107,9 @@ def losses(folder: Path) -> list[float]:
 
 def last_digest(folder: Path) -> str:
     """Of weights and biases of a run's newest checkpoint."""
-    from trainer.evaluate import load_model
+    from trainer.checkpoint.load import load_model
 
-    return digest(load_model(complete(folder / "checkpoints")[-1])[0])
+    return weights_digest(load_model(complete_checkpoints(folder / "checkpoints")[-1])[0])
 
 
 def fresh(corpus: Path, *more: str) -> Run:
@@ -119,9 +121,21 @@ def fresh(corpus: Path, *more: str) -> Run:
     quiet = Reporter(Path("none"), c.log, "none", False)
     model.train()
     return Run(
-        c, world, cpu, torch.float32, opened, tokenizer, loader, steps, model, make_optimizer(model, c.train),
-        degrees(c, world), LossScale.of(torch.float32), quiet, StopFlag(),
-    )  # fmt: skip
+        c,
+        world,
+        cpu,
+        torch.float32,
+        opened,
+        tokenizer,
+        loader,
+        steps,
+        model,
+        make_optimizer(model, c.train),
+        degrees(c, world),
+        LossScale.of(torch.float32),
+        quiet,
+        StopFlag(),
+    )
 
 
 Steps = tuple[list[dict[str, Any]], dict[str, np.ndarray], float]
@@ -142,21 +156,40 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
         opened, tokenizer, loader, _ = open_corpus(c, world, cpu)
         d = degrees(c, world)
         model = build_model(
-            c.model, tokenizer.vocab_size, c.train.seed, cpu, compute, mesh.make_mesh(d, cpu), c.parallel.overlap,
-            c.train.recompute, c.train.compile is True,
-        )  # fmt: skip
+            c.model,
+            tokenizer.vocab_size,
+            c.train.seed,
+            cpu,
+            compute,
+            mesh.make_mesh(d, cpu),
+            c.parallel.overlap,
+            c.train.recompute,
+            c.train.compile is True,
+        )
         quiet = Reporter(Path("none"), c.log, "none", False)
         run = Run(
-            c, world, cpu, compute, opened, tokenizer, loader, 5, model, make_optimizer(model, c.train), d,
-            LossScale.of(compute), quiet, StopFlag(),
-        )  # fmt: skip
+            c,
+            world,
+            cpu,
+            compute,
+            opened,
+            tokenizer,
+            loader,
+            5,
+            model,
+            make_optimizer(model, c.train),
+            d,
+            LossScale.of(compute),
+            quiet,
+            StopFlag(),
+        )
         gaps = [float("inf")]
         for module in model.modules():
             if isinstance(module, Router) and world.size == 1:
                 module.register_forward_hook(lambda router, inputs, _: gaps.append(narrowest(router, *inputs)))
         model.train()
         told = [train_step(run, loader.step(step)).fields for step in range(5)]
-        whole = {k: t.full_tensor() if isinstance(t, DTensor) else t for k, t in tensors(model).items()}
+        whole = {k: t.full_tensor() if isinstance(t, DTensor) else t for k, t in checkpoint_tensors(model).items()}
         return told, {k: t.numpy() for k, t in whole.items()}, min(gaps)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -204,7 +237,7 @@ def meshed(replicate: int, expert: int) -> tuple[Transformer, torch.optim.Optimi
 def everything(model: Transformer, optimizer: torch.optim.Optimizer) -> str:
     """sha256 of weights, biases and the optimizer's state."""
     total = hashlib.sha256()
-    for name, t in sorted(tensors(model, optimizer).items()):
+    for name, t in sorted(checkpoint_tensors(model, optimizer).items()):
         total.update(name.encode() + (t.full_tensor() if isinstance(t, DTensor) else t).numpy().tobytes())
     return total.hexdigest()
 
@@ -213,7 +246,7 @@ def everything(model: Transformer, optimizer: torch.optim.Optimizer) -> str:
 def save_random(folder: str, beside: bool, replicate: int, expert: int) -> str:
     """A checkpoint of numbers that differ everywhere, the same on any mesh."""
     model, optimizer = meshed(replicate, expert)
-    for name, t in tensors(model, optimizer).items():
+    for name, t in checkpoint_tensors(model, optimizer).items():
         whole = torch.empty(t.shape).uniform_(generator=torch.Generator().manual_seed(len(name) + sum(map(ord, name))))
         if isinstance(t, DTensor):
             shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
@@ -222,7 +255,7 @@ def save_random(folder: str, beside: bool, replicate: int, expert: int) -> str:
     tokenizer = Path(folder) / "words"
     tokenizer.parent.mkdir(exist_ok=True)
     tokenizer.write_text("words")
-    saver = Saver(Path(folder), tensors(model, optimizer), tokenizer, CheckpointConfig(async_save=beside))
+    saver = Saver(Path(folder), checkpoint_tensors(model, optimizer), tokenizer, CheckpointConfig(async_save=beside))
     saver.save(1, {})
     saver.finish()
     saver.close()
@@ -234,7 +267,7 @@ def load_all(folders: list[str], replicate: int, expert: int) -> list[str]:
     model, optimizer = meshed(replicate, expert)
     found = []
     for folder in folders:
-        checkpoint.load(checkpoint.open_checkpoint(Path(folder) / "step-00000001"), model, optimizer)
+        load_checkpoint(open_checkpoint(Path(folder) / "step-00000001"), model, optimizer)
         found.append(everything(model, optimizer))
     return found
 
@@ -289,7 +322,7 @@ def apart(corpus: str, folder: str) -> str:
     place.mkdir(parents=True)
     os.chdir(place)
     try:
-        with mock.patch.object(start, "PATIENCE", 0.3):
+        with mock.patch.object(startup, "PATIENCE", 0.3):
             run(Path(corpus), Path("runs"))
     except UserError as error:
         return str(error)

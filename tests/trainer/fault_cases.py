@@ -19,10 +19,10 @@ from parallel.fsdp import local
 from parallel.mesh import World
 from tests.trainer import cases
 from trainer import step as step_module
-from trainer.faults import StopFlag
+from trainer.fault_tolerance.signals import StopFlag
 from trainer.loop import train
 from trainer.metrics import read_lines
-from trainer.start import Run
+from trainer.run import Run
 
 
 @contextmanager

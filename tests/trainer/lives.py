@@ -25,9 +25,14 @@ class Life:
         environment = {"LOGLEVEL": "ERROR", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **os.environ, **env}
         with open(self.out_path, "wb") as stdout, open(self.err_path, "wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=ROOT, env=environment,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=ROOT,
+                env=environment,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     @property
     def pid(self) -> int:

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from data.settings import UserError
 from tests.trainer import cases
-from trainer import checkpoint, storage
-from trainer.checkpoint import complete
+from trainer import checkpoint
+from trainer.checkpoint import layout
+from trainer.checkpoint.folder import complete_checkpoints, open_checkpoint, prune_checkpoints
+from trainer.checkpoint.saver import Saver
 from trainer.config import CheckpointConfig
-from trainer.lock import Lock, Lost
+from trainer.fault_tolerance.run_lock import Lock, Lost
 from trainer.metrics import read_lines
-from trainer.saver import Saver
 
 RUN = "tests.trainer.cases:run_words"
 SAVED = "tests.trainer.cases:"
@@ -69,11 +70,15 @@ def test_any_mesh_reads_what_any_other_wrote(pool, tmp_path):
 
 def test_saves_beside_the_training_hold_what_saves_that_wait_hold(pool, corpus_dir, plain, tmp_path, monkeypatch):
     """The same steps, bit by bit, though weights move on while they are written, and the writer comes late."""
-    help_ = storage.Image.help
-    monkeypatch.setattr(storage.Image, "help", lambda image: (time.sleep(0.2), help_(image)))
+    help_ = layout.Image.help
+    monkeypatch.setattr(layout.Image, "help", lambda image: (time.sleep(0.2), help_(image)))
     words = ["run.name=beside", "train.steps=6", "checkpoint.every=2", "checkpoint.async_save=true"]
     assert cases.run(corpus_dir, tmp_path, *words) == 0
-    for a, b in zip(complete(plain / "checkpoints"), complete(tmp_path / "beside" / "checkpoints"), strict=True):
+    for a, b in zip(
+        complete_checkpoints(plain / "checkpoints"),
+        complete_checkpoints(tmp_path / "beside" / "checkpoints"),
+        strict=True,
+    ):
         assert a.name == b.name
         assert (a / "shard-00000.safetensors").read_bytes() == (b / "shard-00000.safetensors").read_bytes()
     saved = [x["at"] for x in read_lines(tmp_path / "beside" / "metrics.jsonl") if x.get("event") == "saved"]
@@ -82,7 +87,7 @@ def test_saves_beside_the_training_hold_what_saves_that_wait_hold(pool, corpus_d
     for more in both:
         more += ["train.steps=4", "checkpoint.every=1", "checkpoint.keep=9", "parallel.expert=2"]
         pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
-    found = [complete(tmp_path / name / "checkpoints") for name in "wb"]
+    found = [complete_checkpoints(tmp_path / name / "checkpoints") for name in "wb"]
     assert len(found[0]) == 4
     for a, b in zip(*found, strict=True):
         for name in ("shard-00000.safetensors", "shard-00001.safetensors"):
@@ -94,7 +99,7 @@ def test_a_copy_that_the_writer_has_not_begun_is_made_before_weights_move(tmp_pa
     saver = saver_of(tmp_path, tensors, async_save=True)
     saver._thread.submit(go.wait)
     saver.save(1, {})
-    assert not saver.ready and not complete(tmp_path / "checkpoints")
+    assert not saver.ready and not complete_checkpoints(tmp_path / "checkpoints")
     saver.before_change()
     tensors["w"] += 1
     go.set()
@@ -105,9 +110,9 @@ def test_a_copy_that_the_writer_has_not_begun_is_made_before_weights_move(tmp_pa
 
 
 def read_back(path, **sizes):
-    found = checkpoint.open_checkpoint(path)
+    found = open_checkpoint(path)
     tensors = {name: torch.zeros(size) for name, size in sizes.items()}
-    storage.read(path, found.manifest["files"], found.manifest["tensors"], tensors)
+    layout.read(path, found.manifest["files"], found.manifest["tensors"], tensors)
     return tensors
 
 
@@ -144,10 +149,10 @@ def lead_out(path):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_one_is_passed_over_and_named(plain, tmp_path, kind, capsys):
-    from trainer.evaluate import load_model
+    from trainer.checkpoint.load import load_model
 
     shutil.copytree(plain, tmp_path / "run")
-    newest = complete(tmp_path / "run" / "checkpoints")[-1]
+    newest = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     break_it, message = DAMAGE[kind]
     break_it(newest)
     before = {p: p.read_bytes() for p in newest.rglob("*") if p.is_file()}
@@ -183,12 +188,12 @@ def test_a_resume_goes_on_from_the_one_before(pool, corpus_dir, tmp_path):
 
 def test_nothing_usable_is_refused_and_never_begun_anew(corpus_dir, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "run")
-    for path in complete(tmp_path / "run" / "checkpoints"):
+    for path in complete_checkpoints(tmp_path / "run" / "checkpoints"):
         flip(path / "shard-00000.safetensors", -1)
     with pytest.raises(UserError, match="no checkpoint there can be used .*step-00000006: .*step-00000002: ") as error:
         cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=8")
     assert "\n" not in str(error.value)
-    assert len(complete(tmp_path / "run" / "checkpoints")) == 3
+    assert len(complete_checkpoints(tmp_path / "run" / "checkpoints")) == 3
 
 
 class Evil:
@@ -202,12 +207,12 @@ class Evil:
 def test_a_planted_pickle_is_never_run(corpus_dir, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "run")
     evil = pickle.dumps(Evil(tmp_path / "it ran"))
-    newest = complete(tmp_path / "run" / "checkpoints")[-1]
+    newest = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     for name in (".metadata", "model.pt", "shard-00001.safetensors", "data.pkl"):
         (newest / name).write_bytes(evil)
     torch.save(Evil(tmp_path / "it ran"), newest / "optimizer.pt")
     assert cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=8") == 0
-    shard = complete(tmp_path / "run" / "checkpoints")[-1] / "shard-00000.safetensors"
+    shard = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "shard-00000.safetensors"
     shard.write_bytes(evil + bytes(shard.stat().st_size - len(evil)))
     assert cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=10") == 0
     assert not (tmp_path / "it ran").exists()
@@ -216,9 +221,7 @@ def test_a_planted_pickle_is_never_run(corpus_dir, plain, tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.sets(st.integers(1, 40), max_size=12), st.integers(1, 4), st.sampled_from([0, 1, 4, 10]), st.integers(1, 40)
-)
+@given(st.sets(st.integers(1, 40), max_size=12), st.integers(1, 4), st.sampled_from([0, 1, 4, 10]), st.integers(1, 40))
 def test_what_is_kept(tmp_path_factory, steps, keep, keep_every, now):
     folder = tmp_path_factory.mktemp("k")
     for step in steps | {now}:
@@ -226,8 +229,8 @@ def test_what_is_kept(tmp_path_factory, steps, keep, keep_every, now):
         (folder / f"step-{step:08d}" / "manifest.json").write_text("{}")
     for name in ("step-00000001.bak", "notes", "step-7", "step-00000000"):  # the last without a manifest
         (folder / name).mkdir()
-    checkpoint.prune(folder, now, keep, keep_every)
-    left = {int(p.name[5:]) for p in complete(folder)}
+    prune_checkpoints(folder, now, keep, keep_every)
+    left = {int(p.name[5:]) for p in complete_checkpoints(folder)}
     behind = sorted(s for s in steps | {now} if s <= now)
     stays = set(behind[-keep:]) | {s for s in behind if keep_every and s % keep_every == 0}
     assert left == stays | {s for s in steps if s > now}

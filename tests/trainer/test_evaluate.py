@@ -10,7 +10,8 @@ from data.shards import Corpus
 from data.sources.storybook import log_prob
 from parallel.mesh import World
 from tests.trainer import cases
-from trainer.evaluate import evaluate, load_model, main, place
+from trainer.checkpoint.load import load_model, place
+from trainer.evaluate import evaluate, main
 from trainer.generate import Sampling, generate
 
 

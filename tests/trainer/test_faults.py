@@ -16,11 +16,13 @@ from data.settings import UserError
 from parallel.mesh import World
 from parallel.rendezvous import find_others
 from tests.trainer import cases, fault_cases
-from trainer.checkpoint import complete
+from trainer.checkpoint.folder import complete_checkpoints
 from trainer.config import LogConfig
-from trainer.faults import Spikes, StopFlag, Stopped, memory_error
+from trainer.fault_tolerance.errors import Stopped, memory_error
+from trainer.fault_tolerance.signals import StopFlag
+from trainer.fault_tolerance.watchdog import Place, Watch, compare
 from trainer.metrics import Reporter, read_lines
-from trainer.watch import Place, Watch, compare
+from trainer.spikes import Spikes
 
 ROOT = Path(__file__).parents[2]
 POISONED = "tests.trainer.fault_cases:poisoned"
@@ -57,7 +59,7 @@ def test_too_many_skipped_steps_end_the_run_with_the_last_good_checkpoint(corpus
     told = fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 99)))
     assert len(told) == 7 and told[-1]["error"].startswith("train.max_skipped=3: so many steps in a row")
     assert told[-1]["error"].endswith("from step 3") and "train.max_lr" in told[-1]["error"]
-    assert [p.name for p in complete(tmp_path / "nan" / "checkpoints")] == ["step-00000003"]
+    assert [p.name for p in complete_checkpoints(tmp_path / "nan" / "checkpoints")] == ["step-00000003"]
     assert cases.run(corpus_dir, tmp_path, *more) == 0  # the cause is gone
     assert len(cases.losses(tmp_path / "nan")) == 20
 
@@ -65,7 +67,7 @@ def test_too_many_skipped_steps_end_the_run_with_the_last_good_checkpoint(corpus
 def test_a_last_step_that_is_skipped_still_ends_the_run(corpus_dir, tmp_path):
     more = ["run.name=nan", "train.steps=4", "checkpoint.every=1"]
     fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "gradient", [4])
-    assert complete(tmp_path / "nan" / "checkpoints")[-1].name == "step-00000004"
+    assert complete_checkpoints(tmp_path / "nan" / "checkpoints")[-1].name == "step-00000004"
 
 
 def test_a_spike_is_told_once():
@@ -196,7 +198,7 @@ def test_a_rank_that_does_not_answer_keeps_all_from_ending_before_the_first_step
 
 
 def test_the_first_error_of_any_rank_is_what_the_others_end_with(watches, monkeypatch):
-    monkeypatch.setattr("trainer.watch.GRACE", 2)
+    monkeypatch.setattr("trainer.fault_tolerance.watchdog.GRACE", 2)
     first, second = watches
     second.mark("data", 6)
     error = ValueError("no\nsuch row")
@@ -257,7 +259,7 @@ def test_a_rank_that_is_slow_but_alive_is_waited_for(watches):
 @pytest.fixture
 def at_work(monkeypatch):
     """This process uses a whole core, as one does that builds a model, and one that waits for NCCL or a GPU."""
-    monkeypatch.setattr("trainer.watch.time.process_time", time.monotonic)
+    monkeypatch.setattr("trainer.fault_tolerance.watchdog.time.process_time", time.monotonic)
 
 
 @pytest.mark.parametrize("phase, step", [("connecting", None), ("forward", 1), ("the step's message", 1)])
@@ -343,7 +345,7 @@ time.sleep(600)
 WORKER = "import time; from trainer import faults; {}; print('ready', flush=True); time.sleep(600)"
 
 
-@pytest.mark.parametrize("bound", ["faults.die_with_parent()", "faults.watch_parent()"])
+@pytest.mark.parametrize("bound", ["die_with_parent()", "watch_parent()"])
 def test_a_worker_does_not_outlive_its_launcher(bound):
     from tests.trainer.lives import processes
 
@@ -359,7 +361,7 @@ def test_a_worker_does_not_outlive_its_launcher(bound):
 THREADS = """
 import threading
 import torch.distributed as dist
-from trainer import faults
+
 
 def ask(store):
     while True:
@@ -369,7 +371,7 @@ store = dist.TCPStore("localhost", 0, 1, True)
 for _ in range(4):
     threading.Thread(target=ask, args=(store.clone(),), daemon=True).start()
 print("said", end="")
-faults.end(3)
+exit_now(3)
 """
 
 

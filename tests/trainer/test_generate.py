@@ -11,7 +11,7 @@ from data.settings import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.trainer import cases
-from trainer.evaluate import load_model
+from trainer.checkpoint.load import load_model
 from trainer.generate import BETWEEN, Sampling, choose, generate, generate_batch, main, text_of
 
 
@@ -155,9 +155,18 @@ def test_repetition_penalty_weakens_what_was_seen():
 
 @pytest.mark.parametrize(
     "bad",
-    ["--temperature=-1", "--temperature=nan", "--temperature=inf", "--top-p=0", "--top-k=-1", "--repetition-penalty=0",
-     "--repetition-penalty=inf", "--max-new-tokens=0", f"--seed={2**63}"],
-)  # fmt: skip
+    [
+        "--temperature=-1",
+        "--temperature=nan",
+        "--temperature=inf",
+        "--top-p=0",
+        "--top-k=-1",
+        "--repetition-penalty=0",
+        "--repetition-penalty=inf",
+        "--max-new-tokens=0",
+        f"--seed={2**63}",
+    ],
+)
 def test_values_out_of_range_are_refused(bad):
     name, value = bad.split("=")
     with pytest.raises(UserError, match=rf"{name} {value}.*: out of range"):

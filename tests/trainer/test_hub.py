@@ -14,12 +14,12 @@ from model.transformer import Transformer
 from parallel.mesh import World
 from tests.trainer import cases
 from trainer import hub
-from trainer.checkpoint import digest
-from trainer.evaluate import evaluate, load_model
+from trainer.checkpoint.load import load_model, weights_digest
+from trainer.evaluate import evaluate
 from trainer.generate import Sampling, generate
-from trainer.hub_export import Stored
-from trainer.hub_import import Theirs, beginning
-from trainer.hub_names import differences, pieces, to_llama
+from trainer.hub.export import Stored
+from trainer.hub.importer import Theirs, beginning
+from trainer.hub.mapping import differences, pieces, to_llama
 from trainer.step import train_step
 
 transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
@@ -110,9 +110,12 @@ def test_greedy_stories_are_those_of_transformers(runs, tmp_path, kind):
     else:
         pytest.fail("no beginning whose story rounding cannot turn")
     made = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=length, do_sample=False,
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids)),
+        max_new_tokens=length,
+        do_sample=False,
         suppress_tokens=never,
-    )  # fmt: skip
+    )
     assert made[0, len(ids) :].tolist() == story and len(set(story)) > 3
 
 
@@ -204,7 +207,7 @@ def test_weights_go_out_where_the_tokenizer_cannot(runs, tmp_path, capsys, monke
     def cannot(tokenizer, folder, length):
         raise UserError("it cannot")
 
-    monkeypatch.setattr("trainer.hub_export.export_tokenizer", cannot)
+    monkeypatch.setattr("trainer.hub.export.export_tokenizer", cannot)
     out = export(runs / "plain", tmp_path / "out")
     assert "tokenizer.model, but no tokenizer.json: it cannot" in capsys.readouterr().out
     assert (out / "tokenizer.model").exists() and Theirs(out).vocab_size == 320
@@ -219,7 +222,7 @@ def test_an_existing_folder_is_refused_and_a_failure_leaves_nothing(runs, tmp_pa
         def fail(*args, error=error):
             raise error
 
-        monkeypatch.setattr("trainer.hub_export.fits", fail)
+        monkeypatch.setattr("trainer.hub.export.fits", fail)
         with pytest.raises(wanted, match="out: No space left" if wanted is UserError else None):
             export(runs / "plain", tmp_path / "new" / "out")
         assert not list((tmp_path / "new").iterdir())
@@ -277,12 +280,12 @@ def test_a_run_that_ends_with_its_bias_at_zero_is_plain(corpus_dir, tmp_path, ca
 def test_what_went_out_comes_in_on_any_mesh(pool, runs, tmp_path, kind):
     """Bitwise, with the export's bias; each rank reads its own part. And so do our own checkpoints."""
     out = export(runs / kind, tmp_path / "out", "--shard-size", "30KB", "--batches", "none")
-    want = digest(load_model(runs / kind)[0])
+    want = weights_digest(load_model(runs / kind)[0])
     theirs = Theirs(out)
     model = Transformer(theirs.model, theirs.vocab_size)
     model.init_weights(7)
     theirs.fill(model)
-    assert digest(model) == want
+    assert weights_digest(model) == want
     if kind in ("biased", "all"):
         places = [str(out), str(runs / kind)]
         for world, expert in ((4, 4), (3, 1), (4, 2)):
@@ -301,7 +304,7 @@ def test_out_and_in_and_out_gives_the_same_bytes(runs, tmp_path, capsys, kind):
         export(back, again, "--dtype", dtype, "--batches", "none", *plain)
         assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
         assert json.loads((first / "config.json").read_text()) == json.loads((again / "config.json").read_text())
-    assert digest(load_model(tmp_path / "back-float32")[0]) == digest(load_model(runs / kind)[0])
+    assert weights_digest(load_model(tmp_path / "back-float32")[0]) == weights_digest(load_model(runs / kind)[0])
     assert "model:\n  dim: 16\n" in capsys.readouterr().out
 
 
@@ -365,17 +368,34 @@ def test_settings_that_change_what_is_computed_are_told(runs, tmp_path):
 
 
 VISION = dict(
-    hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vision_output_dim=8, image_size=28,
-    patch_size=14, projector_input_dim=8, projector_output_dim=8,
-)  # fmt: skip
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    vision_output_dim=8,
+    image_size=28,
+    patch_size=14,
+    projector_input_dim=8,
+    projector_output_dim=8,
+)
 
 
 def test_the_text_part_of_a_multimodal_model_is_found(tmp_path):
     """As transformers writes it, which is the layout of the published weights; in bf16 as they are."""
     config = ModelConfig(
-        dim=16, n_heads=2, n_kv_heads=1, n_layers=4, n_experts=3, expert_dim=8, moe_every=2, ffn_dim=12, nope_every=4,
-        attention_chunk=8, max_seq_len=16384, rope_scaling=RopeScaling(),
-    )  # fmt: skip
+        dim=16,
+        n_heads=2,
+        n_kv_heads=1,
+        n_layers=4,
+        n_experts=3,
+        expert_dim=8,
+        moe_every=2,
+        ffn_dim=12,
+        nope_every=4,
+        attention_chunk=8,
+        max_seq_len=16384,
+        rope_scaling=RopeScaling(),
+    )
     both = transformers.Llama4Config(text_config=to_llama(config, 37, 1, 2, "bfloat16"), vision_config=VISION)
     model = transformers.Llama4ForConditionalGeneration(both).bfloat16()
     model.save_pretrained(tmp_path)

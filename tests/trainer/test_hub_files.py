@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from data.settings import UserError
 from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
-from trainer.hub_files import Entry, Folder, write_json, write_shards
-from trainer.hub_import import Theirs
-from trainer.hub_names import differences, from_llama, pieces, to_llama, whole_shapes
+from trainer.hub.files import Entry, Folder, write_json, write_shards
+from trainer.hub.importer import Theirs
+from trainer.hub.mapping import differences, from_llama, pieces, to_llama, whole_shapes
 
 SMALL = ModelConfig(dim=16, n_heads=4, n_kv_heads=2, n_layers=2, n_experts=3, expert_dim=12, ffn_dim=20, moe_every=2)
 
@@ -69,10 +69,12 @@ BROKEN = {
         "z.safetensors: a link that leads out of the folder",
     ),
     "has a header beyond all size": (
-        lambda f, i: (header(f, 1 << 62), i.update(x="extra.safetensors")), "cannot be read as safetensors",
+        lambda f, i: (header(f, 1 << 62), i.update(x="extra.safetensors")),
+        "cannot be read as safetensors",
     ),
     "has a header beyond its file": (
-        lambda f, i: (header(f, 5000), i.update(x="extra.safetensors")), "cannot be read as safetensors",
+        lambda f, i: (header(f, 5000), i.update(x="extra.safetensors")),
+        "cannot be read as safetensors",
     ),
     "has tensors beyond its file": (
         lambda f, i: (
@@ -83,17 +85,21 @@ BROKEN = {
     ),
     "lacks a tensor": (lambda f, i: retensor(f, i, NORM, None), f"{NORM} is missing"),
     "has a wrong shape": (
-        lambda f, i: retensor(f, i, NORM, torch.ones(17)), f"{NORM} has shape (17,), config.json says (16,)",
+        lambda f, i: retensor(f, i, NORM, torch.ones(17)),
+        f"{NORM} has shape (17,), config.json says (16,)",
     ),
     "has a tensor more": (
-        lambda f, i: (save_file({"model.layers.0.self_attn.q_proj.bias": torch.ones(4)}, f / "e.safetensors"),
-                      i.update(x="e.safetensors")),
+        lambda f, i: (
+            save_file({"model.layers.0.self_attn.q_proj.bias": torch.ones(4)}, f / "e.safetensors"),
+            i.update(x="e.safetensors"),
+        ),
         "model.layers.0.self_attn.q_proj.bias has no place in this model",
     ),
     "has whole numbers": (
-        lambda f, i: retensor(f, i, NORM, torch.ones(16, dtype=torch.int32)), f"{NORM} is I32",
+        lambda f, i: retensor(f, i, NORM, torch.ones(16, dtype=torch.int32)),
+        f"{NORM} is I32",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -184,18 +190,34 @@ def test_published_spellings_of_the_config_are_read():
     given = {
         "model_type": "llama4",
         "text_config": {
-            "model_type": "llama4_text", "attention_chunk_size": 8192, "attn_temperature_tuning": 4, "head_dim": 128,
-            "hidden_size": 5120, "interleave_moe_layer_step": 1, "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760, "no_rope_layers": [],
-            "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
-            "num_local_experts": 16, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "use_qk_norm": True,
+            "model_type": "llama4_text",
+            "attention_chunk_size": 8192,
+            "attn_temperature_tuning": 4,
+            "head_dim": 128,
+            "hidden_size": 5120,
+            "interleave_moe_layer_step": 1,
+            "intermediate_size": 8192,
+            "intermediate_size_mlp": 16384,
+            "max_position_embeddings": 10485760,
+            "no_rope_layers": [],
+            "num_attention_heads": 40,
+            "num_experts_per_tok": 1,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 8,
+            "num_local_experts": 16,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 500000.0,
+            "use_qk_norm": True,
             "rope_scaling": {
-                "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+                "factor": 16.0,
+                "high_freq_factor": 1.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
             },
             "vocab_size": 202048,
         },
-    }  # fmt: skip
+    }
     config, vocab_size = from_llama(given, "config.json")
     total, active = config.parameter_counts(vocab_size)
     assert round(total / 1e9, 1) == 107.8 and round(active / 1e9, 1) == 17.2

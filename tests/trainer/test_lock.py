@@ -13,10 +13,11 @@ import pytest
 
 from data.settings import UserError
 from tests.trainer import cases
-from trainer import lock
-from trainer.lock import Lock, Lost
+from trainer.fault_tolerance import run_lock as lock
+from trainer.fault_tolerance.run_lock import Lock, Lost
 
-HOLD = "import sys, time; from pathlib import Path; from trainer.lock import Lock; held = Lock(Path(sys.argv[1])); "
+HOLD = "import sys, time; from pathlib import Path; from trainer.fault_tolerance.run_lock import Lock; "
+HOLD += "held = Lock(Path(sys.argv[1])); "
 HOLD += "print(held.id, flush=True); time.sleep(600)"
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from data.loader import IGNORE, Rows
 from data.shards import Corpus
 from tests.trainer import cases
-from trainer.evaluate import load_model
+from trainer.checkpoint.load import load_model
 from trainer.generate import Sampling, generate
 from trainer.step import train_step
 

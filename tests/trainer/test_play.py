@@ -20,8 +20,8 @@ from model.transformer import Transformer
 from tests.browser import Browser
 from tests.trainer import cases
 from trainer import play
+from trainer.cli import guarded
 from trainer.generate import Sampling
-from trainer.main import guarded
 from trainer.play import Routes, Story, colour, markup, spans, style, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

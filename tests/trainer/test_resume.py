@@ -6,7 +6,7 @@ import pytest
 from data.settings import UserError
 from data.shards import Corpus
 from tests.trainer import cases
-from trainer.checkpoint import complete, read_manifest
+from trainer.checkpoint.folder import complete_checkpoints, read_manifest
 from trainer.metrics import read_lines
 from trainer.optimizer import LossScale
 
@@ -22,7 +22,7 @@ def test_everything_at_once_is_bitwise_the_same(pool, corpus_dir, tmp_path):
         pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, *more])
     pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, "run.name=parts"])
     assert cases.losses(tmp_path / "parts") == cases.losses(tmp_path / "whole")
-    newest = [complete(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts")]
+    newest = [complete_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts")]
     for name in ("shard-00000.safetensors", "shard-00001.safetensors"):  # with moments and biases
         assert (newest[0] / name).read_bytes() == (newest[1] / name).read_bytes()
 
@@ -33,9 +33,11 @@ def test_the_loss_scale_goes_on_where_it_was(corpus_dir, tmp_path, monkeypatch):
     assert cases.run(corpus_dir, tmp_path, *words, "run.name=whole") == 0
     for stop in (2, 5, 9):
         assert cases.run(corpus_dir, tmp_path, *words, "run.name=parts", f"train.stop_at={stop}") == 0
-        manifest = read_manifest(complete(tmp_path / "parts" / "checkpoints")[-1])
+        manifest = read_manifest(complete_checkpoints(tmp_path / "parts" / "checkpoints")[-1])
         assert manifest["loss_scale"]["good"] == stop % 3
-    scales = [read_manifest(complete(tmp_path / n / "checkpoints")[-1])["loss_scale"] for n in ("whole", "parts")]
+    scales = [
+        read_manifest(complete_checkpoints(tmp_path / n / "checkpoints")[-1])["loss_scale"] for n in ("whole", "parts")
+    ]
     assert scales[0] == scales[1] == {"value": 2.0**19, "good": 0, "on": True}
     assert cases.last_digest(tmp_path / "parts") == cases.last_digest(tmp_path / "whole")
 
@@ -52,7 +54,7 @@ def test_skipped_steps_are_counted_whatever_comes_between(corpus_dir, tmp_path, 
         cases.run(corpus_dir, tmp_path, *words)
     lines = read_lines(tmp_path / "nan" / "metrics.jsonl")
     assert [x["step"] for x in lines if x.get("event") == "skipped"] == [3, 4, 5]
-    assert [p.name for p in complete(tmp_path / "nan" / "checkpoints")] == ["step-00000002"]
+    assert [p.name for p in complete_checkpoints(tmp_path / "nan" / "checkpoints")] == ["step-00000002"]
 
 
 @pytest.mark.slow
@@ -66,7 +68,7 @@ def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path
     words = [*data, "data.seq_len=128", "train.global_batch_size=56", "train.micro_batch_size=7", "train.steps=10"]
     words += ["model.dropout=0.1"]
     assert cases.run(corpus, tmp_path, *words, "run.name=whole") == 0
-    tokens = read_manifest(complete(tmp_path / "whole" / "checkpoints")[-1])["tokens"]
+    tokens = read_manifest(complete_checkpoints(tmp_path / "whole" / "checkpoints")[-1])["tokens"]
     assert 1.3 < tokens / Corpus.open(corpus).split("train").tokens < 1.7
     for world, expert, stop in ((4, 4, 3), (3, 3, 5), (3, 1, 7), (2, 2, 8), (1, 1, 10)):
         more = [*words, "run.name=chain", f"parallel.expert={expert}", f"train.stop_at={stop}"]
@@ -84,7 +86,7 @@ def test_auto_stays_what_it_was(corpus_dir, tmp_path, monkeypatch):
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2", "train.dtype=float32") == 0
     monkeypatch.setattr("trainer.machine.bf16_pays", lambda dim: True)  # what another trial might say
     assert cases.run(corpus_dir, tmp_path, *words, "train.dtype=auto") == 0
-    assert read_manifest(complete(tmp_path / "r" / "checkpoints")[-1])["dtype"] == "float32"
+    assert read_manifest(complete_checkpoints(tmp_path / "r" / "checkpoints")[-1])["dtype"] == "float32"
 
 
 def test_where_it_was_saved_and_goes_on_is_compared(corpus_dir, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from data.settings import UserError
 from tests.trainer import cases
-from trainer.checkpoint import complete, read_manifest
+from trainer.checkpoint.folder import complete_checkpoints, read_manifest
 from trainer.metrics import read_lines
 
 RUN = "tests.trainer.cases:run_words"
@@ -65,12 +65,17 @@ def test_resumed_runs_end_as_if_never_stopped(pool, corpus_dir, plain, tmp_path,
 
     go("parts", "train.stop_at=7")
     go("parts", "train.stop_at=13")
-    assert [p.name for p in complete(tmp_path / "parts" / "checkpoints")] == ["step-00000007", "step-00000013"]
+    assert [p.name for p in complete_checkpoints(tmp_path / "parts" / "checkpoints")] == [
+        "step-00000007",
+        "step-00000013",
+    ]
     go("parts")
     go("whole")
     assert cases.losses(tmp_path / "parts") == cases.losses(tmp_path / "whole")
     assert cases.last_digest(tmp_path / "parts") == cases.last_digest(tmp_path / "whole")
-    counts = [read_manifest(complete(tmp_path / n / "checkpoints")[-1])["tokens"] for n in ("parts", "whole")]
+    counts = [
+        read_manifest(complete_checkpoints(tmp_path / n / "checkpoints")[-1])["tokens"] for n in ("parts", "whole")
+    ]
     assert counts[0] == counts[1]
     if world == 1:
         assert cases.last_digest(plain) == cases.last_digest(tmp_path / "whole")
@@ -97,9 +102,7 @@ def test_evaluation_changes_nothing_and_is_the_same_at_any_world(pool, corpus_di
     assert cases.last_digest(tmp_path / "1" / "eval") == cases.last_digest(plain)
     more = [*words, "parallel.expert=3"]  # with samples and evaluations through the exchange
     pool.run(3, RUN, corpus=str(corpus_dir), runs=str(tmp_path / "3"), more=more)
-    one, three = (
-        [x for x in read_lines(tmp_path / w / "eval" / "metrics.jsonl") if x["kind"] == "eval"] for w in "13"
-    )
+    one, three = ([x for x in read_lines(tmp_path / w / "eval" / "metrics.jsonl") if x["kind"] == "eval"] for w in "13")
     assert [x["step"] for x in one] == [5, 10, 15, 20]
     for a, b in zip(one, three, strict=True):
         assert a["stories"] == b["stories"] and a["tokens"] == b["tokens"] and a["cut"] == b["cut"] > 0
@@ -133,7 +136,7 @@ def test_a_checkpoint_after_an_evaluation_is_whole(pool, corpus_dir, tmp_path):
     """An evaluation leaves weights gathered, and gathered ones are no parameters of a checkpoint."""
     words = ["run.name=e", "train.steps=3", "eval.every=1", "eval.batches=2", "checkpoint.every=1"]
     pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, "train.stop_at=2"])
-    shutil.rmtree(complete(tmp_path / "e" / "checkpoints")[-1])
+    shutil.rmtree(complete_checkpoints(tmp_path / "e" / "checkpoints")[-1])
     pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=words)  # goes on from step 1
     assert len(cases.losses(tmp_path / "e")) == 3
 
@@ -207,7 +210,7 @@ def test_dead_slots_are_not_saved(pool, corpus_dir, tmp_path):
     pool.run(4, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=more)
     wanted = [f"{kind}blocks.0.feed_forward.experts.down" for kind in ("", "optim.exp_avg.", "optim.exp_avg_sq.")]
     rows = []
-    for path in complete(tmp_path / "dead" / "checkpoints")[-1].glob("*.safetensors"):
+    for path in complete_checkpoints(tmp_path / "dead" / "checkpoints")[-1].glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             rows += [(name, len(file.get_tensor(name))) for name in wanted if name in file.keys()]  # noqa: SIM118
     assert all(sum(n for name, n in rows if name == one) == 5 for one in wanted)
@@ -229,7 +232,7 @@ def test_checkpoints_hold_logical_shapes_and_no_pickle(pool, corpus_dir, tmp_pat
 
     words = ["run.name=c", "train.steps=4", "checkpoint.every=1", "checkpoint.keep=2"]
     pool.run(3, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=words)
-    found = complete(tmp_path / "c" / "checkpoints")
+    found = complete_checkpoints(tmp_path / "c" / "checkpoints")
     assert [p.name for p in found] == ["step-00000003", "step-00000004"]
     assert {p.suffix for p in found[-1].iterdir()} == {".safetensors", ".json", ".model"}
     manifest = read_manifest(found[-1])
@@ -259,7 +262,7 @@ def test_steps_without_a_finite_loss_move_nothing_and_end_the_run(corpus_dir, tm
     lines = read_lines(tmp_path / "nan" / "metrics.jsonl")
     assert [x["step"] for x in lines if x.get("event") == "skipped"] == [4]
     assert [x["step"] for x in lines if x["kind"] == "train" and x["loss"] is None] == [4]
-    assert [p.name[-1] for p in complete(tmp_path / "nan" / "checkpoints")] == list("12356")
+    assert [p.name[-1] for p in complete_checkpoints(tmp_path / "nan" / "checkpoints")] == list("12356")
     with pytest.raises(UserError, match="train.max_skipped=1"):
         calls.clear()
         cases.run(corpus_dir, tmp_path, "run.name=nan2", "train.max_skipped=1")

@@ -15,9 +15,9 @@ import pytest
 from tests.trainer import cases, fault_cases
 from tests.trainer.fault_cases import SIGINT, SIGTERM, SIGUSR1
 from tests.trainer.lives import ROOT, count, hears, life, processes, torchrun
-from trainer.checkpoint import complete
+from trainer.checkpoint.folder import complete_checkpoints
+from trainer.fault_tolerance.watchdog import TICK
 from trainer.metrics import read_lines
-from trainer.watch import TICK
 
 SIGNALLED = "tests.trainer.fault_cases:signalled"
 BUSY = ["eval.every=1", "eval.batches=all", "eval.final=all", "sample.every=2", "train.steps=8", "checkpoint.every=100"]
@@ -54,9 +54,11 @@ def test_stopped_at_any_moment_a_run_ends_as_if_never_stopped(pool, corpus_dir, 
         assert (folder / "requeue").exists() != finished
         assert kind != "start" or count(folder / "metrics.jsonl") == 0
     if not finished:  # the last signal may come when the run is over
-        assert fault_cases.signalled(**words | {"kind": "never"}) == 0 if world == 1 else pool.run(
-            world, SIGNALLED, **words | {"kind": "never"}
-        ) == [0, 0]
+        assert (
+            fault_cases.signalled(**words | {"kind": "never"}) == 0
+            if world == 1
+            else pool.run(world, SIGNALLED, **words | {"kind": "never"}) == [0, 0]
+        )
     assert not (folder / "requeue").exists()
     if world == 1:
         assert cases.losses(folder) == cases.losses(unbroken)
@@ -109,7 +111,7 @@ def test_a_stop_while_steps_are_skipped_saves_no_weights_that_may_be_bad(corpus_
     more = ["run.name=nan", "checkpoint.every=3", "train.max_skipped=50000", "train.steps=100000"]
     with fault_cases.when(event, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 100000)))
-    assert [p.name for p in complete(tmp_path / "nan" / "checkpoints")] == ["step-00000003"]
+    assert [p.name for p in complete_checkpoints(tmp_path / "nan" / "checkpoints")] == ["step-00000003"]
     assert (tmp_path / "nan" / "requeue").exists()
 
 
@@ -118,7 +120,7 @@ def test_a_stop_while_steps_are_skipped_saves_no_weights_that_may_be_bad(corpus_
 
 FLAG = """
 import os, signal, time
-from trainer.faults import StopFlag
+from trainer.fault_tolerance.signals import StopFlag
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, also where this suite runs below it
 with StopFlag() as stop:
     stop.stepped = True
@@ -158,7 +160,7 @@ def test_a_signal_is_heard_deep_in_c_and_nohup_is_respected():
     """The main thread is in one long C call; SIGHUP was ignored when the process started."""
     code = (
         "import os, signal, threading, time; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from trainer.faults import StopFlag\n"
+        "from trainer.fault_tolerance.signals import StopFlag\n"
         "stop = StopFlag().listen(); os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.3); print(stop.asked)\n"
         "threading.Timer(0.5, lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.5), print(stop.asked),"
         " os.kill(os.getpid(), signal.SIGKILL)]).start()\n"
@@ -178,7 +180,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_run_does_not(corpus_dir, tmp_p
     metrics = tmp_path / "k" / "metrics.jsonl"
     with life(torchrun(words, "--max-restarts=3"), tmp_path / "life") as it:
         it.wait_for(lambda: count(metrics) >= 12, "12 steps")
-        it.wait_for(lambda: complete(tmp_path / "k" / "checkpoints"), "a checkpoint")
+        it.wait_for(lambda: complete_checkpoints(tmp_path / "k" / "checkpoints"), "a checkpoint")
         first = it.workers()
         os.kill(first[1], signal.SIGKILL)
         it.wait_for(lambda: "resumed from step" in it.out, "another start")
@@ -197,7 +199,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_run_does_not(corpus_dir, tmp_p
         assert "again: ending at once" not in it.err and "RankFailed" not in it.err
         assert not set(second) & set(processes())
     assert (tmp_path / "k" / "requeue").exists()
-    saved = complete(tmp_path / "k" / "checkpoints")[-1].name
+    saved = complete_checkpoints(tmp_path / "k" / "checkpoints")[-1].name
     assert int(saved[-8:]) == len(cases.losses(tmp_path / "k"))
 
 

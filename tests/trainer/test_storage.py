@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from trainer import blocks, storage
-from trainer.blocks import PAGE, Damaged
-from trainer.start import not_locked
+from trainer.checkpoint import block_io, layout
+from trainer.checkpoint.block_io import PAGE, Damaged
+from trainer.startup import not_locked
 
-DTYPES = list(storage.DTYPES.values())
+DTYPES = list(layout.DTYPES.values())
 
 
 def small_blocks():
     """Files of many blocks out of few bytes."""
-    return mock.patch.multiple(blocks, BLOCK=PAGE), mock.patch.multiple(storage, BLOCK=PAGE, WINDOW=2)
+    return mock.patch.multiple(block_io, BLOCK=PAGE), mock.patch.multiple(layout, BLOCK=PAGE, WINDOW=2)
 
 
 def some(shape, dtype, seed=0):
@@ -36,16 +36,16 @@ def test_tensors_come_back_and_the_safetensors_library_reads_them(tmp_path_facto
     tensors = {f"t{i}": some(shape, dtype, i) for i, (shape, dtype) in enumerate(made)}
     bytes_, tensors_ = small_blocks()
     with bytes_, tensors_:
-        plan = storage.make_plan(tensors, None)
-        source = storage.Source(plan, tensors)
+        plan = layout.make_plan(tensors, None)
+        source = layout.Source(plan, tensors)
         if staged:
-            source = storage.Image(source)
+            source = layout.Image(source)
             source.begin()
             source.end()
-        name = storage.file_name(0)
-        record = blocks.write(folder / name, plan.size, source.block)
+        name = layout.file_name(0)
+        record = block_io.write(folder / name, plan.size, source.block)
         back = {key: torch.zeros_like(t) for key, t in tensors.items()}
-        storage.read(folder, {name: record}, plan.table, back)
+        layout.read(folder, {name: record}, plan.table, back)
     assert len(record["crc32"]) == -(-record["size"] // PAGE) and record["size"] == (folder / name).stat().st_size
     others = load_file(folder / name)
     for key, tensor in tensors.items():
@@ -70,18 +70,18 @@ def test_any_box_of_a_stored_part_is_read_and_no_block_beyond_it(tmp_path_factor
     whole = {"a": some([before], dtype, 1), "b": some(shape, dtype, 2), "c": some([3], dtype, 3)}
     bytes_, tensors_ = small_blocks()
     with bytes_, tensors_:
-        plan = storage.make_plan(whole, None)
-        record = blocks.write(folder / storage.file_name(0), plan.size, storage.Source(plan, whole).block)
+        plan = layout.make_plan(whole, None)
+        record = block_io.write(folder / layout.file_name(0), plan.size, layout.Source(plan, whole).block)
         _, begin, _, _ = plan.table["b"]["parts"][0]
         room = torch.zeros([n + 2 for n in lengths], dtype=dtype)
         to = room[tuple(slice(1, n + 1) for n in lengths)]
-        slabs = list(storage._slabs(begin, shape, offsets, to, dtype))
+        slabs = list(layout._slabs(begin, shape, offsets, to, dtype))
         assert all(slab.stop - slab.first <= PAGE for slab in slabs)
-        content = (folder / storage.file_name(0)).read_bytes()
+        content = (folder / layout.file_name(0)).read_bytes()
         for slab in slabs:
             part = torch.frombuffer(bytearray(content[slab.first : slab.stop]), dtype=dtype)
             slab.to.copy_(part.as_strided(slab.to.shape, slab.strides))
-        windows = list(storage._windows(sorted(slabs, key=lambda s: s.first)))
+        windows = list(layout._windows(sorted(slabs, key=lambda s: s.first)))
     assert torch.equal(to, whole["b"][tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))])
     assert int((room != 0).sum()) == int((to != 0).sum())
     assert sum(map(len, windows)) == len(slabs) and len(record["crc32"]) == -(-len(content) // PAGE)
@@ -92,14 +92,14 @@ def test_a_file_without_direct_access_is_written_all_the_same(tmp_path, monkeypa
     if not direct:
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     content = os.urandom(3 * PAGE + 5)
-    record = blocks.write_small(tmp_path / "f", content)
-    assert (tmp_path / "f").read_bytes() == content == blocks.read_small(tmp_path / "f", record)
+    record = block_io.write_small(tmp_path / "f", content)
+    assert (tmp_path / "f").read_bytes() == content == block_io.read_small(tmp_path / "f", record)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "longer", "gone", "folder"])
 def test_what_was_not_written_is_not_read(tmp_path, damage):
     path = tmp_path / "f"
-    record = blocks.write_small(path, bytes(5000))
+    record = block_io.write_small(path, bytes(5000))
     if damage == "flip":
         path.write_bytes(bytes(4999) + b"\1")
     elif damage == "cut":
@@ -111,7 +111,7 @@ def test_what_was_not_written_is_not_read(tmp_path, damage):
         if damage == "folder":
             path.mkdir()
     with pytest.raises(Damaged, match="^f"):
-        blocks.read_small(path, record)
+        block_io.read_small(path, record)
 
 
 def test_what_changes_after_the_end_of_the_copy_is_not_in_it(tmp_path):
@@ -119,15 +119,15 @@ def test_what_changes_after_the_end_of_the_copy_is_not_in_it(tmp_path):
     tensors = {f"t{i}": torch.full((5, 700), float(i)) for i in range(9)}
     bytes_, tensors_ = small_blocks()
     with bytes_, tensors_:
-        plan = storage.make_plan(tensors, None)
-        image = storage.Image(storage.Source(plan, tensors))
+        plan = layout.make_plan(tensors, None)
+        image = layout.Image(layout.Source(plan, tensors))
         for number in range(2):  # the second time over the first
             image.begin()
             image.end()
             for tensor in tensors.values():
                 tensor += 1
             image.help()
-            blocks.write(tmp_path / "f", plan.size, image.block)
+            block_io.write(tmp_path / "f", plan.size, image.block)
             for i, key in enumerate(tensors):
                 assert bool((load_file(tmp_path / "f")[key] == i + number).all())
 
@@ -158,8 +158,8 @@ def test_memory_that_cannot_be_page_locked_is_reported_and_used(monkeypatch):
 
     monkeypatch.setattr(torch, "ones", first_kernel)
     cpu = torch.device("cpu")
-    assert storage.lock_pages(torch.empty(100, dtype=torch.uint8), cpu) is None and not kernels
-    why = storage.lock_pages(torch.empty(101, dtype=torch.uint8), cpu)
+    assert layout.lock_pages(torch.empty(100, dtype=torch.uint8), cpu) is None and not kernels
+    why = layout.lock_pages(torch.empty(101, dtype=torch.uint8), cpu)
     assert why == "OS call failed or operation not supported on this OS (304)" and kernels == [cpu]
     assert not_locked([None, None]) is None
     assert "the staging memory of 1 of 2 ranks could not be page-locked (OS call failed" in not_locked([None, why])

@@ -17,13 +17,34 @@ from trainer.config import SECTION_TYPES, read_config
 ROOT = Path(__file__).resolve().parents[2]
 
 CHANGES = [  # another value -> other weights after five steps
-    "model.n_experts=6", "model.top_k=2", "model.noisy_top_k=true", "model.shared_expert=false",
-    "model.balance_rate=0.3", "model.dropout=0", "model.attention_dropout=0.2", "model.rope_theta=100",
-    "model.n_kv_heads=1", "model.n_heads=4", "model.n_layers=3", "model.dim=32", "model.expert_dim=8",
-    "train.clip=0.01", "train.beta1=0.5", "train.beta2=0.5", "train.eps=0.1", "train.weight_decay=0.5",
-    "train.max_lr=1e-2", "train.min_lr=2e-3", "train.warmup_steps=4", "train.decay_steps=3",
-    "train.schedule=constant", "train.global_batch_size=8", "train.seed=2", "data.seq_len=16", "data.pack=false",
-]  # fmt: skip
+    "model.n_experts=6",
+    "model.top_k=2",
+    "model.noisy_top_k=true",
+    "model.shared_expert=false",
+    "model.balance_rate=0.3",
+    "model.dropout=0",
+    "model.attention_dropout=0.2",
+    "model.rope_theta=100",
+    "model.n_kv_heads=1",
+    "model.n_heads=4",
+    "model.n_layers=3",
+    "model.dim=32",
+    "model.expert_dim=8",
+    "train.clip=0.01",
+    "train.beta1=0.5",
+    "train.beta2=0.5",
+    "train.eps=0.1",
+    "train.weight_decay=0.5",
+    "train.max_lr=1e-2",
+    "train.min_lr=2e-3",
+    "train.warmup_steps=4",
+    "train.decay_steps=3",
+    "train.schedule=constant",
+    "train.global_batch_size=8",
+    "train.seed=2",
+    "data.seq_len=16",
+    "data.pack=false",
+]
 SAME = ["train.micro_batch_size=3", "train.recompute=selective", "train.recompute=full", "train.reduce=every"]
 
 

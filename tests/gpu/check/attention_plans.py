@@ -31,7 +31,7 @@ def _measure(check: Check, name: str, on: bool) -> None:
             allowed=int(torch.backends.cuda.cudnn_sdp_enabled()),
             ms_a_query=_ms_a_shape(check.device, lambda length: 1),
             ms_a_row=_ms_a_shape(check.device, lambda length: length),
-        )  # fmt: skip
+        )
 
 
 def _ms_a_shape(device: torch.device, queries: Callable[[int], int]) -> float:

@@ -7,9 +7,17 @@ from tests.gpu.check.report import exactly
 from tests.gpu.check.runner import Check
 
 WORDS = [
-    *runs.CORPUS, "model.n_layers=2", "train.steps=3", "train.global_batch_size=32", "checkpoint.every=0",
-    "checkpoint.async_save=false", "eval.every=0", "eval.final=none", "sample.max_new_tokens=1", "log.wandb=disabled",
-]  # fmt: skip
+    *runs.CORPUS,
+    "model.n_layers=2",
+    "train.steps=3",
+    "train.global_batch_size=32",
+    "checkpoint.every=0",
+    "checkpoint.async_save=false",
+    "eval.every=0",
+    "eval.final=none",
+    "sample.max_new_tokens=1",
+    "log.wandb=disabled",
+]
 
 
 def run(check: Check) -> None:

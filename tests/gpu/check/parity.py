@@ -44,9 +44,12 @@ def _limits(loss: float, worst: float, median: float, gain: float, moved: int) -
     """loss: relative change; worst, median: of the gradients' relative errors; gain: see `compare`; moved: tokens that
     went to another expert, over all layers."""
     return {
-        "loss": at_most(loss), "worst": at_most(worst), "median": at_most(median), "gain": at_most(gain),
+        "loss": at_most(loss),
+        "worst": at_most(worst),
+        "median": at_most(median),
+        "gain": at_most(gain),
         "moved": at_most(moved),
-    }  # fmt: skip
+    }
 
 
 # Against the CPU in fp32. A rounded router's input can change which of two near experts is chosen, which moves a whole
@@ -99,10 +102,15 @@ def _check_variant(check: Check, name: str, label: str, variant: Variant, plain:
 def judge(check: Check, label: str, found: StepNumbers, reference: StepNumbers, limits: dict[str, Limit]) -> bool:
     off, tensor = worst(found.gradients, reference.gradients)
     return check.report.check(
-        label, limits, loss=relative_change(found.loss, reference.loss), worst=off, tensor=tensor,
-        median=median(found.gradients, reference.gradients), gain=gain(found.gradients, reference.gradients),
+        label,
+        limits,
+        loss=relative_change(found.loss, reference.loss),
+        worst=off,
+        tensor=tensor,
+        median=median(found.gradients, reference.gradients),
+        gain=gain(found.gradients, reference.gradients),
         moved=int((found.loads - reference.loads).abs().sum()) // 2,
-    )  # fmt: skip
+    )
 
 
 def numbers(

@@ -35,9 +35,23 @@ from trainer.machine import peak_flops
 from trainer.optimizer import make_optimizer
 
 __all__ = [
-    "IGNORE", "Config", "Loss", "Mesh", "Transformer", "dropout", "fold", "grouped_product", "linear_cross_entropy",
-    "make_optimizer", "normal", "peak_flops", "random_bytes", "read_config", "sequence_keys", "weights_unchanged",
-]  # fmt: skip
+    "IGNORE",
+    "Config",
+    "Loss",
+    "Mesh",
+    "Transformer",
+    "dropout",
+    "fold",
+    "grouped_product",
+    "linear_cross_entropy",
+    "make_optimizer",
+    "normal",
+    "peak_flops",
+    "random_bytes",
+    "read_config",
+    "sequence_keys",
+    "weights_unchanged",
+]
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY, SCOUT = str(ROOT / "launch/tiny.yaml"), str(ROOT / "launch/scout.yaml")
@@ -245,9 +259,13 @@ def command(module: str, *words: str, log: Path, timeout: float) -> CommandResul
     """`python -m module words`; its output goes to `log`, too. One that takes longer than `timeout` is killed."""
     path = os.pathsep.join(p for p in sys.path if p)
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-m", module, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    )
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

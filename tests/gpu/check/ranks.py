@@ -18,7 +18,10 @@ from tests.gpu.check.runner import Check
 # The first step computes the same products of the same bf16 weights; only sums over ranks come in another order.
 # Later steps start from weights that differ by that rounding, and near ties of the router fall otherwise.
 LIMITS: dict[str, Limit] = {
-    "code": exactly(0), "first": at_most(1e-4), "last": at_most(2e-3), "norm": at_most(0.02),
+    "code": exactly(0),
+    "first": at_most(1e-4),
+    "last": at_most(2e-3),
+    "norm": at_most(0.02),
 }
 LAYOUT_S = 60
 TINY_WORDS = ["train.micro_batch_size=2", "data.seq_len=64"]  # for --device cpu
@@ -70,11 +73,24 @@ def _launch(check: Check, expert: int) -> dict[str, Any]:
     log = check.options.out / f"ranks-expert-{expert}.log"
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={check.options.ranks}",
-             "-m", "tests.gpu.check.ranks_worker", str(out), config, *words],
-            stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, min(3 * LAYOUT_S, check.seconds_left())),
-            cwd=project.ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={check.options.ranks}",
+                "-m",
+                "tests.gpu.check.ranks_worker",
+                str(out),
+                config,
+                *words,
+            ],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=max(1.0, min(3 * LAYOUT_S, check.seconds_left())),
+            cwd=project.ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
     if not out.exists():
         raise RuntimeError(f"exit code {done.returncode}; see {log}")
     return {"code": done.returncode, **json.loads(out.read_text())}

@@ -1,6 +1,6 @@
 """One rank of the part `ranks`: some training steps of one layout. Rank 0 writes what it found to a file.
 
-    torchrun ... -m tests.gpu.check.ranks_worker OUT.json CONFIG [section.key=value ...]
+torchrun ... -m tests.gpu.check.ranks_worker OUT.json CONFIG [section.key=value ...]
 """
 
 import json
@@ -45,9 +45,13 @@ def main(out: str, config_path: str, *words: str) -> int:
 
 
 def _step(
-    model: project.Transformer, optimizer: torch.optim.Optimizer, config: project.Config, number: int, rank: int,
+    model: project.Transformer,
+    optimizer: torch.optim.Optimizer,
+    config: project.Config,
+    number: int,
+    rank: int,
     device: torch.device,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """One optimizer step. Returns the mean loss over all ranks and the norm of the gradients."""
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in range(MICRO_BATCHES):

@@ -38,9 +38,12 @@ def _words(check: Check) -> list[str]:
     """Settings of the run that is stopped and resumed."""
     size = sizes(check)
     return [
-        f"train.steps={size.steps}", f"checkpoint.every={size.every}", f"eval.every={size.every}",
-        "checkpoint.async_save=true", "sample.max_new_tokens=60",
-    ]  # fmt: skip
+        f"train.steps={size.steps}",
+        f"checkpoint.every={size.every}",
+        f"eval.every={size.every}",
+        "checkpoint.async_save=true",
+        "sample.max_new_tokens=60",
+    ]
 
 
 def run(check: Check) -> None:
@@ -76,9 +79,14 @@ def _timeout(check: Check) -> float:
 
 def _trainer(check: Check, name: str, log: str, *words: str) -> project.CommandResult:
     settings = [
-        *CORPUS, f"data.dir={corpus(check)}", f"run.dir={check.options.scratch / 'runs'}", f"run.name={name}",
-        f"run.device={check.options.device}", "log.wandb=disabled", *words,
-    ]  # fmt: skip
+        *CORPUS,
+        f"data.dir={corpus(check)}",
+        f"run.dir={check.options.scratch / 'runs'}",
+        f"run.name={name}",
+        f"run.device={check.options.device}",
+        "log.wandb=disabled",
+        *words,
+    ]
     path = check.options.out / f"{log}.log"
     words = tuple(project.config_words(project.TINY, settings))
     return project.command("trainer.main", *words, log=path, timeout=_timeout(check))
@@ -100,9 +108,12 @@ def _train(check: Check) -> None:
         "error": done.tail,
     }
     limits = {
-        "code": exactly(0), "steps": exactly(size.stop), "loss": at_most(size.loss), "evaluations": at_least(2),
+        "code": exactly(0),
+        "steps": exactly(size.stop),
+        "loss": at_most(size.loss),
+        "evaluations": at_least(2),
         "excess": (-0.02, size.excess),
-    }  # fmt: skip
+    }
     check.report.check("train", limits, **figures)
 
 
@@ -122,9 +133,12 @@ def _resume(check: Check) -> None:
     }
     # One batch's loss differs from the next one's by a few percent; after a start from other weights it would double.
     limits = {
-        "code": exactly(0), "resumed": exactly(1), "missing_steps": exactly(0), "jump": at_most(0.2),
+        "code": exactly(0),
+        "resumed": exactly(1),
+        "missing_steps": exactly(0),
+        "jump": at_most(0.2),
         "picture": exactly(1),
-    }  # fmt: skip
+    }
     check.report.check("resume", limits, **figures)
 
 

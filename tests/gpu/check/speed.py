@@ -69,12 +69,16 @@ def _measure(check: Check, name: str, variant: Variant) -> None:
     peak = project.peak_flops(check.device, torch.bfloat16)
     check.report.check(
         # Weights are random: the loss of a token is that of a guess, log(vocabulary), and a little more.
-        name, {"loss": (math.log(vocab_size) - 0.5, math.log(vocab_size) + 2)},
+        name,
+        {"loss": (math.log(vocab_size) - 0.5, math.log(vocab_size) + 2)},
         tokens_per_second=rows * config.data.seq_len / wall,
         mfu=project.flops(config, vocab_size, rows) / wall / peak if peak else None,
-        wall_ms=1e3 * wall, host_ms=1e3 * host, optimizer_ms=1e3 * optimizer_s,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss,
-    )  # fmt: skip
+        wall_ms=1e3 * wall,
+        host_ms=1e3 * host,
+        optimizer_ms=1e3 * optimizer_s,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30,
+        loss=loss,
+    )
 
 
 def _make_steps(

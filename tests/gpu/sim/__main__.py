@@ -1,9 +1,9 @@
 """`make fake-gpu`: whole runs and counts on simulated GPUs. Prints tables for markdown, and writes JSON.
 
-    python -m tests.gpu.sim                                      every part: an hour and a quarter on two cores
-    python -m tests.gpu.sim --part runs -k scout                 the whole runs with `scout` in their names
-    python -m tests.gpu.sim --part memory                        the peaks of steps, and what --dry-run estimates
-    python -m tests.gpu.sim --part counts --config launch/scout.yaml --ranks 2 train.compile=true
+python -m tests.gpu.sim                                      every part: an hour and a quarter on two cores
+python -m tests.gpu.sim --part runs -k scout                 the whole runs with `scout` in their names
+python -m tests.gpu.sim --part memory                        the peaks of steps, and what --dry-run estimates
+python -m tests.gpu.sim --part counts --config launch/scout.yaml --ranks 2 train.compile=true
 """
 
 import argparse
@@ -31,10 +31,13 @@ EXPERT_DEGREES = (8, 4, 1)
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.gpu.sim", description="Runs on simulated GPUs.")
     parser.add_argument(
-        "--part", nargs="+", choices=PARTS, default=list(PARTS),
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
         help="counts: a step by phase; experts: steps on 8 GPUs by parallel.expert; memory: peaks of steps "
         "and their estimates; runs: whole runs",
-    )  # fmt: skip
+    )
     parser.add_argument("-k", default="", metavar="PATTERN", help="a regular expression: only runs, peaks of that name")
     parser.add_argument("--config", type=Path, help="counts of this config alone")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs for --config")

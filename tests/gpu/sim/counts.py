@@ -32,9 +32,14 @@ class Row:
             before = merged.get(kind, (0, 0))
             merged[kind] = (before[0] + times, before[1] + size)
         return Row(
-            phase, self.kernels + other.kernels, self.copies + other.copies, self.waits + other.waits, merged,
-            self.host_ms + other.host_ms, self.device_ms + other.device_ms,
-        )  # fmt: skip
+            phase,
+            self.kernels + other.kernels,
+            self.copies + other.copies,
+            self.waits + other.waits,
+            merged,
+            self.host_ms + other.host_ms,
+            self.device_ms + other.device_ms,
+        )
 
     def markdown(self) -> str:
         times, size = (sum(column) for column in zip(*self.messages.values(), strict=True)) if self.messages else (0, 0)
@@ -75,16 +80,27 @@ def merge(phase: str, rows: Sequence[Row]) -> Row:
 
 
 def record(
-    simulation: Simulation, title: str, machine: Machine, words: Sequence[str], vocabulary: int = VOCABULARY,
+    simulation: Simulation,
+    title: str,
+    machine: Machine,
+    words: Sequence[str],
+    vocabulary: int = VOCABULARY,
     roofline: bool = True,
-) -> Recording:  # fmt: skip
+) -> Recording:
     """Run STEPS steps with the settings `words`, and read what rank 0 recorded; costs only with `roofline`."""
     path = simulation.folder / "recording.json"
     path.unlink(missing_ok=True)
     fixed = [
-        f"train.steps={STEPS}", "eval.every=0", "sample.every=0", "checkpoint.every=0", "checkpoint.async_save=false",
-        "log.wandb=disabled", f"run.dir={simulation.folder / 'recorded'}", "run.name=counts", "train.warmup_steps=1",
-    ]  # fmt: skip
+        f"train.steps={STEPS}",
+        "eval.every=0",
+        "sample.every=0",
+        "checkpoint.every=0",
+        "checkpoint.async_save=false",
+        "log.wandb=disabled",
+        f"run.dir={simulation.folder / 'recorded'}",
+        "run.name=counts",
+        "train.warmup_steps=1",
+    ]
     environment = {"SIM_RECORD": str(path), "SIM_INIT": "0", "SIM_VOCAB": str(vocabulary)}
     if not roofline:
         environment["SIM_ROOFLINE"] = "0"

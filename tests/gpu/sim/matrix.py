@@ -12,10 +12,16 @@ from tests.gpu.sim.machine import Machine, Simulation
 
 STEPS = 2
 COMMON = (
-    "eval.batches=1", "eval.final=1", "log.every=1", "log.wandb=disabled", "sample.max_new_tokens=3",
-    "sample.prompts=[Tom]", "train.warmup_steps=1", "run.timeout=300",
+    "eval.batches=1",
+    "eval.final=1",
+    "log.every=1",
+    "log.wandb=disabled",
+    "sample.max_new_tokens=3",
+    "sample.prompts=[Tom]",
+    "train.warmup_steps=1",
+    "run.timeout=300",
     "train.compile=false",  # which the cases named so turn on: compiling for each of many ranks takes minutes here
-)  # fmt: skip
+)
 COMPILED = "train.compile=auto"  # as it is on a GPU by default
 SKIP_DRAWING = {"SIM_INIT": "0"}  # of initial weights, for large models
 CUT = ("model.n_layers=2", "model.expert_dim=512")  # a checkpoint of 1 GB instead of 15

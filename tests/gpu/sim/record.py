@@ -17,7 +17,7 @@ import torch
 
 from tests.gpu.sim import report
 from tests.gpu.sim.roofline import Roofline
-from trainer.watch import Watch
+from trainer.fault_tolerance.watchdog import Watch
 
 STEPS = 4  # of the run: train.steps
 COUNTED, LAST = 3, 4
@@ -94,13 +94,15 @@ class Recorder:
     def _end(self) -> None:
         if os.environ.get("RANK", "0") == "0":
             self.path.write_text(
-                json.dumps({
-                    "ranks": int(os.environ.get("WORLD_SIZE", "1")),
-                    "phases": self.counts,
-                    "seconds": self.seconds,
-                    "memory": {key: self.memory[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")},
-                    "costs": [asdict(cost) for cost in self.roofline.costs.values()],
-                })
+                json.dumps(
+                    {
+                        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+                        "phases": self.counts,
+                        "seconds": self.seconds,
+                        "memory": {key: self.memory[f"{key}_bytes.all.peak"] for key in ("allocated", "reserved")},
+                        "costs": [asdict(cost) for cost in self.roofline.costs.values()],
+                    }
+                )
             )
         sys.stdout.flush()
         os._exit(0)

@@ -20,10 +20,11 @@ import torch
 import data.tokenizer
 import model.segments
 import parallel.experts
+import trainer.checkpoint.layout
 import trainer.main
-import trainer.storage
 from model.transformer import Transformer
-from trainer import faults
+from trainer.cli import guarded
+from trainer.fault_tolerance.launcher import exit_now
 
 SEGMENT = 64  # tokens of the segments that `Groups` gets
 
@@ -91,7 +92,7 @@ def _give_segments_to_groups() -> None:
 
 def _stage_one_rank_at_a_time() -> None:
     """The staging memory of a save is filled with zeros, and given back when it is locked: see cudaHostRegister."""
-    kind: Any = trainer.storage.Image
+    kind: Any = trainer.checkpoint.layout.Image
     folder = os.environ.get("SIM_GPU_FOLDER")
     init = kind.__init__
 
@@ -106,4 +107,4 @@ def _stage_one_rank_at_a_time() -> None:
 
 if __name__ == "__main__":
     prepare()
-    faults.end(trainer.main.guarded(trainer.main.main))
+    exit_now(guarded(trainer.main.main))

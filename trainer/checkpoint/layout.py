@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 
 from parallel import collectives
 from parallel.fsdp import local
-from trainer import blocks
-from trainer.blocks import BLOCK, Batch, Buffers, Damaged, Record
+from trainer.checkpoint import block_io
+from trainer.checkpoint.block_io import BLOCK, Batch, Buffers, Damaged, Record
 
 WINDOW = 8  # blocks that are read at once
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -137,7 +137,7 @@ class Source:
         self.copy(start, torch.frombuffer(buffer, dtype=torch.uint8))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return memoryview(buffer)[: blocks.whole_pages(min(BLOCK, self.size - start))]
+        return memoryview(buffer)[: block_io.whole_pages(min(BLOCK, self.size - start))]
 
 
 def lock_pages(memory: Tensor, device: torch.device) -> str | None:
@@ -165,7 +165,7 @@ class Image:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._memory = blocks.pages(source.size)
+        self._memory = block_io.pages(source.size)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).zero_()
         self._copies = Batch(self._copy)
         self._stream = None
@@ -223,14 +223,14 @@ def read(folder: Path, files: Mapping[str, Record], table: Table, tensors: Mappi
         name = file_name(rank)
         if name not in files:
             raise Damaged(f"{name} is not in the manifest")
-        blocks.check_file(folder / name, files[name])
+        block_io.check_file(folder / name, files[name])
         jobs += [(name, window) for window in _windows(sorted(slabs, key=lambda slab: slab.first))]
     buffers = Buffers(WINDOW * BLOCK)
 
     def fill(job: tuple[str, list[Slab]]) -> None:
         name, window = job
         first, stop = window[0].first // BLOCK, -(-max(slab.stop for slab in window) // BLOCK)
-        blocks.read(folder / name, files[name], first, stop, buffers.get())
+        block_io.read(folder / name, files[name], first, stop, buffers.get())
         content = torch.frombuffer(buffers.get(), dtype=torch.uint8)
         for slab in window:
             part = content[slab.first - first * BLOCK : slab.stop - first * BLOCK].view(slab.dtype)
@@ -244,13 +244,17 @@ def read(folder: Path, files: Mapping[str, Record], table: Table, tensors: Mappi
 
 def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Slab]]:
     """What this rank needs of the file of each rank."""
-    metadata = Metadata({
-        name: TensorStorageMetadata(
-            TensorProperties(DTYPES[stored["dtype"]]), torch.Size(stored["shape"]),
-            [ChunkStorageMetadata(torch.Size(place), torch.Size(shape)) for _, _, place, shape in stored["parts"]],
-        )
-        for name, stored in table.items() if name in tensors
-    })  # fmt: skip
+    metadata = Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(DTYPES[stored["dtype"]]),
+                torch.Size(stored["shape"]),
+                [ChunkStorageMetadata(torch.Size(place), torch.Size(shape)) for _, _, place, shape in stored["parts"]],
+            )
+            for name, stored in table.items()
+            if name in tensors
+        }
+    )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata)
     needed: dict[int, list[Slab]] = {}

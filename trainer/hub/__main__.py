@@ -1,12 +1,4 @@
-"""Out to the Hugging Face layout, and in from it: `Llama4ForCausalLM` of transformers computes the same numbers.
-
-    python -m trainer.hub export --checkpoint runs/tiny --out tiny-hf
-    python -m trainer.hub import --from tiny-hf --out runs/again
-
-An export streams: one tensor at a time, whatever mesh wrote the checkpoint. It is plain Llama 4 where Llama 4 can say
-all that the model is; else it brings a small modelling file with it (`modeling_llama4_biased.py`), and says why.
-`train.init_from` begins a run with the weights of such a folder or of a checkpoint, each rank reading its own part.
-"""
+"""The commands `python -m trainer.hub export` and `import`."""
 
 import argparse
 import re
@@ -36,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument("--plain", action="store_true", help="plain Llama 4, whatever it has no place for")
     out.add_argument("--data", help="prepared corpus to count on what a balance bias does (default: the run's)")
     out.add_argument("--batches", default="run", help="of it: all, a number, or none (default: the run's eval.batches)")
-    from trainer.evaluate import add_device
+    from trainer.cli import add_device
 
     add_device(out)
     into = commands.add_parser("import", help="such a folder -> a checkpoint to evaluate and generate with")
@@ -45,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     into.add_argument("--tokenizer", type=Path, help="a sentencepiece model (default: tokenizer.model of the folder)")
     args = parser.parse_args(argv)
     if args.command == "import":
-        from trainer.hub_import import import_folder
+        from trainer.hub.importer import import_folder
 
         import_folder(args.source, args.out, args.tokenizer)
         return 0
     if args.batches not in ("run", "all", "none") and not (args.batches.isdigit() and int(args.batches)):
         raise UserError(f"--batches {args.batches}: give all, none, or a number from 1")
-    from trainer.hub_export import export
+    from trainer.hub.export import export
 
     size = size_of(args.shard_size)
     export(args.checkpoint, args.out, args.dtype, size, args.plain, args.data, args.batches, args.device)
@@ -59,6 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.main import guarded
+    from trainer.cli import guarded
 
     sys.exit(guarded(main))

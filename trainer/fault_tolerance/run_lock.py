@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from data.settings import UserError
+from trainer.fault_tolerance.processes import process_alive
 
 NAME = "lock"
 LEASE = 60.0  # seconds without renewal after which another host's run counts as dead
@@ -68,7 +69,7 @@ class Lock:
         if not holder:
             return
         if holder.get("host") == _host():
-            if not flocked and _lives(int(holder["process"])):
+            if not flocked and process_alive(int(holder["process"])):
                 raise UserError(self._living())
             return
         renewed = os.stat(self.path).st_mtime
@@ -147,13 +148,3 @@ def _host() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True

@@ -64,8 +64,14 @@ DEFAULTS: dict[str, Any] = {
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Settings that say nothing of what the trained model computes.
 OF_TRAINING = {
-    "max_seq_len", "dropout", "attention_dropout", "balance_rate", "balance_until", "aux_loss_weight", "z_loss_weight",
-}  # fmt: skip
+    "max_seq_len",
+    "dropout",
+    "attention_dropout",
+    "balance_rate",
+    "balance_until",
+    "aux_loss_weight",
+    "z_loss_weight",
+}
 
 
 @dataclass(frozen=True)
@@ -254,9 +260,12 @@ def differences(there: ModelConfig, here: ModelConfig) -> list[str]:
         del values["moe_every"], values["nope_every"]
         rope = [i for i in range(config.n_layers) if not config.uses_rope(i)]
         return {
-            **values, "n_kv_heads": config.kv_heads, "head_dim": config.head, "moe_layers": config.moe_layers,
+            **values,
+            "n_kv_heads": config.kv_heads,
+            "head_dim": config.head,
+            "moe_layers": config.moe_layers,
             "nope_layers": rope,
-        }  # fmt: skip
+        }
 
     a, b = resolved(there), resolved(here)
     return [f"model.{key} is {a[key]} there, {b[key]} here" for key in a if a[key] != b[key]]

@@ -14,19 +14,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.hub_tokenizer import export_tokenizer
 from data.settings import UserError, check
 from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.moe import Router
 from parallel.mesh import World
-from trainer import blocks, checkpoint, machine, storage
-from trainer.blocks import Damaged
-from trainer.evaluate import evaluate, load_model
-from trainer.hub_files import CONFIG, Entry, Folder, write_json, write_shards
-from trainer.hub_import import fits
-from trainer.hub_names import MODELING, Piece, pieces, to_llama, whole_shapes
+from trainer import machine
+from trainer.checkpoint import block_io, layout
+from trainer.checkpoint.block_io import Damaged
+from trainer.checkpoint.folder import TOKENIZER, resolve_checkpoint
+from trainer.checkpoint.load import load_model
+from trainer.evaluate import evaluate
+from trainer.hub.files import CONFIG, Entry, Folder, write_json, write_shards
+from trainer.hub.importer import fits
+from trainer.hub.mapping import MODELING, Piece, pieces, to_llama, whole_shapes
+from trainer.hub.tokenizer import export_tokenizer
 
 BIAS = "the balance bias"
 
@@ -35,7 +38,7 @@ class Stored:
     """The weights of a checkpoint, read one at a time. Raises UserError where they are not those of its config."""
 
     def __init__(self, path: Path) -> None:
-        found, passed_over = checkpoint.find(path)
+        found, passed_over = resolve_checkpoint(path)
         for why in passed_over:
             print(f"passed over {why}", file=sys.stderr)
         self.path, self.manifest = found.path, found.manifest
@@ -52,7 +55,7 @@ class Stored:
     def read(self, name: str) -> Tensor:
         tensor = torch.empty(self._shapes[name])
         try:
-            storage.read(self.path, self.manifest["files"], self.manifest["tensors"], {name: tensor})
+            layout.read(self.path, self.manifest["files"], self.manifest["tensors"], {name: tensor})
         except Damaged as error:
             raise UserError(f"{self.path}: {error}") from None
         return tensor
@@ -107,7 +110,7 @@ def export(
 def _write(stored: Stored, folder: Path, dtype: str, limit: int, plain: bool) -> str:
     """All files of an export. Returns how large they are, in words."""
     config, vocab_size = stored.config, stored.vocab_size
-    tokenizer = Tokenizer(stored.path / checkpoint.TOKENIZER)
+    tokenizer = Tokenizer(stored.path / TOKENIZER)
     kept = [piece for piece in pieces(config, vocab_size) if piece.plain or not plain]
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     entries = [Entry(p.theirs, torch.float32 if p.theirs.endswith("_bias") else kind, p.shape) for p in kept]
@@ -121,11 +124,11 @@ def _write(stored: Stored, folder: Path, dtype: str, limit: int, plain: bool) ->
     try:
         export_tokenizer(tokenizer, folder, config.max_seq_len)
     except UserError as error:
-        shutil.copyfile(tokenizer.path, folder / checkpoint.TOKENIZER)
+        shutil.copyfile(tokenizer.path, folder / TOKENIZER)
         written += f"; tokenizer.model, but no tokenizer.json: {error}"
     fits(Folder(folder), config, vocab_size)
     for path in [*folder.iterdir(), folder]:
-        blocks.flush(path)
+        block_io.flush(path)
     return written
 
 

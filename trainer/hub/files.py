@@ -122,8 +122,10 @@ class _File:
         for entry in sorted(self.entries, key=lambda entry: -entry.dtype.itemsize):
             places[entry.name], end = at, at + entry.size
             header[entry.name] = {
-                "dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [at, end],
-            }  # fmt: skip
+                "dtype": CODES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [at, end],
+            }
             at = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -3,8 +3,7 @@
 What cannot be is found here, most of it before any process group is made.
 """
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from socket import gethostname
 from typing import Any
 
@@ -18,51 +17,20 @@ from model.transformer import Transformer
 from parallel import collectives, mesh
 from parallel.build import build_model
 from parallel.mesh import Degrees, World
-from trainer import checkpoint, machine
-from trainer.checkpoint import Checkpoint
+from trainer import machine
+from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, none_usable, remove_partial
+from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
+from trainer.checkpoint.saver import Saver
 from trainer.config import Config
-from trainer.evaluate import name_of
-from trainer.faults import Spikes, StopFlag
-from trainer.hub_import import Beginning, beginning
-from trainer.hub_names import OF_TRAINING
-from trainer.lock import Lock, sees
-from trainer.metrics import Reporter
+from trainer.fault_tolerance.run_lock import Lock, sees
+from trainer.hub.importer import Beginning, beginning
+from trainer.hub.mapping import OF_TRAINING
+from trainer.machine import dtype_name
 from trainer.optimizer import LossScale, learning_rate
-from trainer.saver import Saver
-from trainer.watch import Watch
+from trainer.run import Run
 
 ORDER = ("train.global_batch_size", "train.seed", "data.seq_len", "data.pack")  # what the order of the data hangs on
 PATIENCE = 10.0  # seconds that a shared file system may take to show a file of another host
-
-
-@dataclass
-class Run:
-    """All that a run is, on one rank."""
-
-    config: Config
-    world: World
-    device: torch.device
-    dtype: torch.dtype
-    corpus: Corpus
-    tokenizer: Tokenizer
-    loader: Loader
-    steps: int  # of the whole run
-    model: Transformer
-    optimizer: torch.optim.AdamW
-    degrees: Degrees
-    scale: LossScale
-    report: Reporter
-    stop: StopFlag
-    step: int = 0  # finished steps
-    tokens: int = 0  # targets that entered the loss so far
-    skipped: int = 0  # steps in a row without a finite gradient
-    saver: Saver | None = None
-    watch: Watch = field(default_factory=Watch)
-    spikes: Spikes = field(default_factory=Spikes)
-
-    @property
-    def folder(self) -> Path:
-        return self.config.run.folder
 
 
 def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Corpus, Tokenizer, Loader, int]:
@@ -107,7 +75,7 @@ def take_folder(config: Config, world: World) -> Lock | None:
     if world.rank == 0:
         try:
             lock = Lock(folder)
-            checkpoint.sweep(folder / "checkpoints")
+            remove_partial(folder / "checkpoints")
         except UserError as error:
             why = str(error)
     lock_id, why = collectives.broadcast((lock and lock.id, why))
@@ -127,10 +95,10 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
     Rank 0 looks. Raises UserError when none can be used, or the folder belongs to another model or corpus.
     """
     folder = config.run.folder
-    found, why = collectives.broadcast(checkpoint.newest(folder / "checkpoints") if collectives.rank() == 0 else None)
+    found, why = collectives.broadcast(newest_checkpoint(folder / "checkpoints") if collectives.rank() == 0 else None)
     if found is None:
         if why:
-            raise UserError(checkpoint.none_usable(folder / "checkpoints", why))
+            raise UserError(none_usable(folder / "checkpoints", why))
         return None, []
     manifest = found.manifest
     trained = {f"model.{key}" for key in OF_TRAINING}
@@ -175,9 +143,13 @@ def notes_on(manifest: dict[str, Any], run: "Run", threads: int) -> list[str]:
         steps = f"{run.steps} steps instead of {manifest['steps']}"
         notes.append(f"the learning rate now decays over {steps}: it jumps here")
     now = {
-        "world": run.world.size, "degrees": asdict(run.degrees), "threads": threads, "device": run.device.type,
-        "dtype": name_of(run.dtype), "torch": torch.__version__,
-    }  # fmt: skip
+        "world": run.world.size,
+        "degrees": asdict(run.degrees),
+        "threads": threads,
+        "device": run.device.type,
+        "dtype": dtype_name(run.dtype),
+        "torch": torch.__version__,
+    }
     moved = [f"{key} {manifest[key]} -> {value}" for key, value in now.items() if manifest[key] != value]
     if moved:
         notes.append(f"from here on equal to rounding, not bitwise, since it was saved elsewhere: {', '.join(moved)}")
@@ -206,20 +178,25 @@ def build(
     dtype = dtypes[collectives.broadcast(dtypes.index(wish))]
     layout = mesh.make_mesh(degrees(config, world), device)
     model = build_model(
-        config.model, vocab_size, config.train.seed, device, dtype, layout, config.parallel.overlap,
-        config.train.recompute, machine.choose_compile(config.train.compile, device)[0],
-    )  # fmt: skip
+        config.model,
+        vocab_size,
+        config.train.seed,
+        device,
+        dtype,
+        layout,
+        config.parallel.overlap,
+        config.train.recompute,
+        machine.choose_compile(config.train.compile, device)[0],
+    )
     return model, dtype
 
 
-def begin(
-    run: Run, found: Checkpoint | None, passed_over: list[str], threads: int, weights: Beginning | None
-) -> None:
+def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: int, weights: Beginning | None) -> None:
     """Load the checkpoint, or start a fresh run folder (with the `weights` of another), and say which."""
     config, folder = run.config, run.folder
     notes: list[str] = []
     if found is not None:
-        found, more = checkpoint.load(found, run.model, run.optimizer)
+        found, more = load_checkpoint(found, run.model, run.optimizer)
         notes = [f"passed over {why}" for why in [*passed_over, *more]]
         notes += notes_on(found.manifest, run, threads)
         run.step, run.tokens = found.step, found.manifest["tokens"]
@@ -250,7 +227,7 @@ def begin(
     run.report.say(
         f"{folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {run.world.size} processes on "
         f"{run.device.type} (replicate {d.replicate} x shard {d.shard}, expert {d.expert}), {threads} threads each, "
-        f"{name_of(run.dtype)}; {run.steps} steps of {share.global_batch_size} x {config.data.seq_len} tokens"
+        f"{dtype_name(run.dtype)}; {run.steps} steps of {share.global_batch_size} x {config.data.seq_len} tokens"
     )
     run.report.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
 
@@ -266,9 +243,13 @@ def make_saver(run: Run, lock: Lock | None) -> Saver:
         run.report.say(f"checkpoint of step {step}: {why}; dropped on all ranks, the one before stays")
 
     run.saver = Saver(
-        run.folder / "checkpoints", checkpoint.tensors(run.model, run.optimizer), run.corpus.folder / "tokenizer.model",
-        run.config.checkpoint, lock, tell,
-    )  # fmt: skip
+        run.folder / "checkpoints",
+        checkpoint_tensors(run.model, run.optimizer),
+        run.corpus.folder / "tokenizer.model",
+        run.config.checkpoint,
+        lock,
+        tell,
+    )
     if line := not_locked(collectives.gather(run.saver.image and run.saver.image.not_locked, run.saver.group)):
         run.report.say(line)
     return run.saver
@@ -301,5 +282,5 @@ def state_of(run: Run) -> dict[str, Any]:
         "degrees": asdict(run.degrees),
         "threads": torch.get_num_threads(),
         "device": run.device.type,
-        "dtype": name_of(run.dtype),
+        "dtype": dtype_name(run.dtype),
     }

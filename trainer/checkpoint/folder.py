@@ -6,7 +6,6 @@ written under another name by all ranks, flushed and read back, and renamed by r
 Every byte has a checksum, which is verified before it is used. No pickle is written or read.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,16 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-
 from data.settings import UserError
-from model.transformer import Transformer
-from parallel import collectives
-from parallel.experts import logical
-from trainer import blocks, storage
-from trainer.blocks import Damaged
+from trainer.checkpoint import block_io
+from trainer.checkpoint.block_io import Damaged
 
 FORMAT = 2
 NAME, PARTIAL = re.compile(r"step-(\d{8})"), re.compile(r"\.(partial|old)-step-\d{8}(-[0-9a-f]+)?")
@@ -46,25 +38,14 @@ class Checkpoint:
         return int(self.manifest["step"])
 
 
-def tensors(model: Transformer, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name: views of the live tensors, so that loading into them sets them."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        named[name] = logical(model, name, parameter.detach())
-        for key, value in optimizer.state[parameter].items() if optimizer is not None else ():
-            named[f"optim.{key}.{name}"] = logical(model, name, value) if value.ndim else value
-    named.update({name: b for name, b in model.named_buffers()})
-    return named
-
-
-def complete(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """The folders of complete checkpoints in a `checkpoints` folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
 
 
-def newest(folder: Path, below: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(folder: Path, below: int | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint in a folder (of a step `below` one) that looks whole, and why newer ones do not."""
     why: list[str] = []
     named = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
@@ -81,7 +62,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Manifest read, files there and of their sizes; their content is verified when it is read. Raises Damaged."""
     manifest = read_manifest(path)
     for name, record in manifest["files"].items():
-        blocks.check_file(path / name, record)
+        block_io.check_file(path / name, record)
     return Checkpoint(path, manifest)
 
 
@@ -107,10 +88,10 @@ def write_manifest(path: Path, fields: Mapping[str, Any], table: str) -> None:
     """`manifest.json` into a folder, a key a line: the fields, the table of tensors, which is JSON already, a seal."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
     body = ("{\n" + ",\n".join([*lines, f'"tensors": {table}'])).encode()
-    blocks.write_small(path / MANIFEST, body + SEAL + f"{zlib.crc32(body)}\n}}\n".encode())
+    block_io.write_small(path / MANIFEST, body + SEAL + f"{zlib.crc32(body)}\n}}\n".encode())
 
 
-def find(path: Path) -> tuple[Checkpoint, list[str]]:
+def resolve_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     """The checkpoint that a path means, itself or the newest of a run's folder, and why newer ones were passed over.
 
     Raises UserError.
@@ -120,43 +101,12 @@ def find(path: Path) -> tuple[Checkpoint, list[str]]:
             return open_checkpoint(path), []
         except Damaged as error:
             raise UserError(f"--checkpoint {path}: {error}") from None
-    found, why = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    found, why = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
         what = "no complete checkpoint in it" if path.is_dir() else "no such folder"
         what += f" ({'; '.join(why)})" if why else ""
         raise UserError(f"--checkpoint {path}: {what}; give a run folder, such as runs/tiny, or a checkpoint folder")
     return found, why
-
-
-def load(
-    checkpoint: Checkpoint, model: Transformer, optimizer: torch.optim.Optimizer | None = None, others: bool = True
-) -> tuple[Checkpoint, list[str]]:
-    """Fill model (and optimizer) in place from a checkpoint, or if it is damaged from `others` before it.
-
-    On all ranks together. Returns the one that was verified, and why later ones were not, a line each. Raises
-    UserError when there is none, or it is another model's.
-    """
-    targets = tensors(model, optimizer)
-    skipped: list[str] = []
-    at: Checkpoint | None = checkpoint
-    while at is not None:
-        why = None
-        try:
-            _fits(at, targets)
-            blocks.read_small(at.path / TOKENIZER, at.manifest["files"][TOKENIZER])
-            storage.read(at.path, at.manifest["files"], at.manifest["tensors"], targets)
-        except UserError:
-            raise
-        except Exception as error:  # the other ranks must hear of it
-            why = str(error) or type(error).__name__
-        why = collectives.first_error(why)
-        if why is None:
-            return at, skipped
-        skipped.append(f"{at.path.name}: {why}")
-        found = newest(at.path.parent, at.step) if others and collectives.rank() == 0 else (None, [])
-        at, more = collectives.broadcast(found)
-        skipped += more
-    raise UserError(none_usable(checkpoint.path.parent, skipped))
 
 
 def none_usable(folder: Path, why: Sequence[str]) -> str:
@@ -166,32 +116,21 @@ def none_usable(folder: Path, why: Sequence[str]) -> str:
     )
 
 
-def _fits(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
-    stored = checkpoint.manifest["tensors"]
-    for name, tensor in targets.items():
-        if name not in stored:
-            what = "the optimizer's state" if name.startswith("optim.") else name
-            raise UserError(f"{checkpoint.path}: {what} is not in it")
-        shape = tuple(stored[name]["shape"])
-        if shape != tuple(tensor.shape):
-            raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
-
-
-def publish(partial: Path, final: Path) -> None:
+def publish_checkpoint(partial: Path, final: Path) -> None:
     """Give a finished folder its name."""
-    blocks.flush(partial)
+    block_io.flush(partial)
     if final.exists():  # the same step again, after a resume from an older one
         _drop(final)
     os.rename(partial, final)
-    blocks.flush(final.parent)
+    block_io.flush(final.parent)
 
 
-def prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
+def prune_checkpoints(folder: Path, step: int, keep: int, keep_every: int) -> None:
     """Drop all but the newest `keep` up to `step`, and those at multiples of keep_every.
 
     What is ahead of `step` stays, and does not count: the run went back behind it.
     """
-    steps = [int(path.name.removeprefix("step-")) for path in complete(folder)]
+    steps = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)]
     for old in [s for s in steps if s <= step][:-keep]:
         if not keep_every or old % keep_every:
             _drop(folder / f"step-{old:08d}")
@@ -205,17 +144,8 @@ def _drop(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial(folder: Path) -> None:
     """Remove what killed saves have left."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if PARTIAL.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def digest(model: Transformer) -> str:
-    """sha256 over all weights, for comparing runs bit by bit. Gathers one weight at a time."""
-    total = hashlib.sha256()
-    for name, tensor in tensors(model).items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        total.update(name.encode() + whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()

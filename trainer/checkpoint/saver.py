@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import collectives
-from trainer import blocks, checkpoint, storage
-from trainer.blocks import Damaged, Record
-from trainer.checkpoint import TOKENIZER
+from trainer.checkpoint import block_io, layout
+from trainer.checkpoint.block_io import Damaged, Record
+from trainer.checkpoint.folder import FORMAT, TOKENIZER, prune_checkpoints, publish_checkpoint, write_manifest
 from trainer.config import CheckpointConfig
-from trainer.lock import Lock, Lost
+from trainer.fault_tolerance.run_lock import Lock, Lost
 
 
 @dataclass
@@ -61,15 +61,15 @@ class Saver:
         self.rank = collectives.rank()
         # of its own: saves come between the messages of training, and on a GPU these are not for the CPU
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.plan = storage.make_plan(tensors, self.group)
+        self.plan = layout.make_plan(tensors, self.group)
         self._table = json.dumps(self.plan.table)  # takes a while, and stays the same
-        self.source = storage.Source(self.plan, tensors)
-        self.image = storage.Image(self.source) if config.async_save else None
+        self.source = layout.Source(self.plan, tensors)
+        self.image = layout.Image(self.source) if config.async_save else None
         self.mark = collectives.broadcast(lock.id if lock is not None else "0", self.group)
         self.pending: Save | None = None
         self.newest: int | None = None  # the step of the last that was published
         self.failed = False  # the last save
-        self._crew = blocks.Crew()
+        self._crew = block_io.Crew()
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority if config.async_save else None)
 
     def save(self, step: int, fields: Mapping[str, Any], wait: bool = False) -> None:
@@ -83,16 +83,16 @@ class Saver:
         if image is None:
             self.finish()
 
-    def _write(self, partial: Path, image: storage.Image | None) -> dict[str, Record]:
+    def _write(self, partial: Path, image: layout.Image | None) -> dict[str, Record]:
         files = {}
         if image is not None:
             image.help()
         partial.mkdir(parents=True, exist_ok=True)
         if self.plan.begins:
-            path, source = partial / storage.file_name(self.rank), image or self.source
-            files[path.name] = blocks.write(path, self.plan.size, source.block, self._crew)
+            path, source = partial / layout.file_name(self.rank), image or self.source
+            files[path.name] = block_io.write(path, self.plan.size, source.block, self._crew)
         if self.rank == 0:
-            files[TOKENIZER] = blocks.write_small(partial / TOKENIZER, self.tokenizer.read_bytes())
+            files[TOKENIZER] = block_io.write_small(partial / TOKENIZER, self.tokenizer.read_bytes())
         return files
 
     def before_change(self) -> None:
@@ -139,16 +139,16 @@ class Saver:
             if why := next((why for _, why in everyone if why), None):
                 raise Damaged(why)
             files = {name: record for files, _ in everyone for name, record in files.items()}
-            manifest = {"format": checkpoint.FORMAT, "step": save.step, **save.fields, "files": files}
-            checkpoint.write_manifest(save.partial, manifest, self._table)
+            manifest = {"format": FORMAT, "step": save.step, **save.fields, "files": files}
+            write_manifest(save.partial, manifest, self._table)
             if self.lock is not None:
                 self.lock.check()
-            checkpoint.publish(save.partial, self.folder / f"step-{save.step:08d}")
+            publish_checkpoint(save.partial, self.folder / f"step-{save.step:08d}")
         except Exception:
             shutil.rmtree(save.partial, ignore_errors=True)
             raise
         # removing gigabytes takes a while
-        self._thread.submit(checkpoint.prune, self.folder, save.step, self.config.keep, self.config.keep_every)
+        self._thread.submit(prune_checkpoints, self.folder, save.step, self.config.keep, self.config.keep_every)
 
     def close(self) -> None:
         """Give up what is still being written."""

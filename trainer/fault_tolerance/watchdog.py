@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.settings import UserError
-from trainer.faults import RankFailed, StopFlag, Stopped, end_launcher, leave_mark, lives, moved, tell
+from trainer.fault_tolerance.errors import RankFailed, Stopped
+from trainer.fault_tolerance.launcher import end_launcher
+from trainer.fault_tolerance.processes import process_alive, transferred_mib
+from trainer.fault_tolerance.signals import StopFlag, leave_mark
+from trainer.terminal import log_stderr
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -125,7 +129,7 @@ class Watch:
             self._clock += passed
             used, cpu = time.process_time() - cpu, time.process_time()
             busy += self.works_alone() and used > passed / 5
-            self.place.moved = moved() + busy
+            self.place.moved = transferred_mib() + busy
             self._idle = self._idle + passed if self.place.signs == last else 0.0
             last = self.place.signs
             self.place.ticks += 1
@@ -178,13 +182,13 @@ class Watch:
         if self.rank == 0:
             if requeue:
                 leave_mark(self.folder, 0)
-            tell("stopped before the first step")
+            log_stderr("stopped before the first step")
         self._ended = Stopped(requeue)
         self._deadline = time.monotonic() + GRACE, "", 0
 
     def _end(self, line: str, code: int) -> None:
         if line:
-            tell(line, self.rank)
+            log_stderr(line, self.rank)
         if code == 2:
             end_launcher()
         sys.stdout.flush()
@@ -274,7 +278,7 @@ class Watch:
             self._read_others(store)
             for rank, seen in self._seen.items():
                 silent = patience and self._clock - seen.alive > SILENT
-                if silent or (seen.place.host == self.place.host and not lives(seen.place.pid)):
+                if silent or (seen.place.host == self.place.host and not process_alive(seen.place.pid)):
                     return rank
             if time.monotonic() >= end or store.check(["failed"]) or store.check(["end"]):
                 return None

@@ -18,11 +18,13 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
 from parallel.fsdp import window
-from trainer import checkpoint, machine
+from trainer import machine
+from trainer.checkpoint.folder import TOKENIZER, resolve_checkpoint
+from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
+from trainer.checkpoint.saver import Saver
 from trainer.config import SECTION_TYPES, CheckpointConfig
-from trainer.hub_files import CONFIG, Folder
-from trainer.hub_names import differences, from_llama, pieces, whole_shapes
-from trainer.saver import Saver
+from trainer.hub.files import CONFIG, Folder
+from trainer.hub.mapping import differences, from_llama, pieces, whole_shapes
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 
@@ -44,10 +46,10 @@ def beginning(where: str, config: ModelConfig, vocab_size: int) -> Beginning:
             theirs = Theirs(path)
             there, size, fill = theirs.model, theirs.vocab_size, theirs.fill
         else:
-            found, _ = checkpoint.find(path)
+            found, _ = resolve_checkpoint(path)
             manifest = found.manifest
             there, size = check(ModelConfig, "model", manifest["config"]["model"]), manifest["vocab_size"]
-            fill = lambda model: checkpoint.load(found, model, others=False)  # noqa: E731
+            fill = lambda model: load_checkpoint(found, model, others=False)  # noqa: E731
     except UserError as error:
         why = str(error).removeprefix("--checkpoint ").removeprefix(f"{path}: ")
         raise UserError(f"{key}: {why}") from None
@@ -71,7 +73,7 @@ class Theirs:
 
     def fill(self, model: Transformer) -> None:
         """Put the weights into a model of these shapes, on any mesh."""
-        live = checkpoint.tensors(model)
+        live = checkpoint_tensors(model)
         for ours, group in groupby(pieces(self.model, self.vocab_size), key=lambda piece: piece.ours):
             part, ((first, stop), *rest) = window(live[ours])
             for piece in group:
@@ -109,7 +111,7 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
     if out.exists():
         raise UserError(f"--out {out}: exists; give another, or remove it")
     theirs = Theirs(source)
-    path = tokenizer or source / checkpoint.TOKENIZER
+    path = tokenizer or source / TOKENIZER
     if tokenizer is None and not path.is_file():
         raise UserError(f"{path}: no such file; give --tokenizer, a sentencepiece model of {theirs.vocab_size} pieces")
     pieces_known = Tokenizer(path)
@@ -117,8 +119,10 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
         raise UserError(f"{path}: {pieces_known.vocab_size} pieces, but the model's vocabulary is {theirs.vocab_size}")
     need, free = 4 * theirs.model.parameter_counts(theirs.vocab_size)[0], machine.free_memory(torch.device("cpu"))
     if free is not None and need > free:
-        raise UserError(f"{source}: takes {need:,} bytes of memory, {free:,} are free; a run can read it by its parts: "
-                        f"train.init_from={source}")  # fmt: skip
+        raise UserError(
+            f"{source}: takes {need:,} bytes of memory, {free:,} are free; a run can read it by its parts: "
+            f"train.init_from={source}"
+        )
     with torch.device("meta"):
         model = Transformer(theirs.model, theirs.vocab_size)
     model.to_empty(device="cpu")
@@ -129,14 +133,20 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
     sections["model"] = theirs.model
     fields = {
         "config": {name: section.model_dump() for name, section in sections.items()},
-        "tokens": 0, "vocab_size": theirs.vocab_size, "tokenizer": pieces_known.hash, "imported_from": str(source),
-    }  # fmt: skip
+        "tokens": 0,
+        "vocab_size": theirs.vocab_size,
+        "tokenizer": pieces_known.hash,
+        "imported_from": str(source),
+    }
     partial, failures = out.with_name(f".{out.name}.partial"), list[str]()
     shutil.rmtree(partial, ignore_errors=True)
     saver = Saver(
-        partial, checkpoint.tensors(model), path, CheckpointConfig(),
+        partial,
+        checkpoint_tensors(model),
+        path,
+        CheckpointConfig(),
         tell=lambda step, seconds, why: failures.extend([why] if why else []),
-    )  # fmt: skip
+    )
     try:
         saver.save(0, fields, wait=True)
         saver.close()

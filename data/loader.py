@@ -138,7 +138,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchLayout:
     """How a global batch of G rows falls on W ranks."""
 
     global_batch_size: int
@@ -175,7 +175,9 @@ class Share:
 class Loader:
     """The steps of a run for one rank."""
 
-    def __init__(self, rows: Rows, share: Share, seed: int, rank: int = 0, workers: int = 1, pin: bool = False) -> None:
+    def __init__(
+        self, rows: Rows, share: BatchLayout, seed: int, rank: int = 0, workers: int = 1, pin: bool = False
+    ) -> None:
         """Raises UserError when the split holds less than one global batch."""
         if len(rows) < share.global_batch_size:
             raise UserError(

@@ -40,7 +40,7 @@ def prepare(config: DataConfig) -> tuple["Corpus", bool]:
         return corpus, False
     source = open_source(config)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with exclusive(folder):
         if corpus := finished(config, folder):  # made by the one we waited for
             return corpus, False
         make(config, source, folder)
@@ -81,7 +81,7 @@ def changes(made: "Manifest | Progress", config: DataConfig, source: dict[str, s
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Waits until no other `prepare` writes to `folder`; two terminals or nodes may start it at once."""
     import fcntl
 
@@ -99,7 +99,7 @@ def make(config: DataConfig, source: "Source", folder: Path) -> None:
     from data.encode import encode
     from data.shards import MANIFEST, MODEL, PROGRESS, Manifest, Writer, settings_of
     from data.sources.base import TRAIN, VALIDATION
-    from data.tokenizer import Tokenizer, write_aside
+    from data.tokenizer import Tokenizer, write_atomic
 
     fingerprint = source.fingerprint()
     progress = begin(config, source, folder, fingerprint)
@@ -112,7 +112,7 @@ def make(config: DataConfig, source: "Source", folder: Path) -> None:
 
     def save() -> None:
         progress.splits.update({name: writer.done for name, writer in writers.items()})
-        write_aside(folder / PROGRESS, progress.model_dump_json(indent=1).encode())
+        write_atomic(folder / PROGRESS, progress.model_dump_json(indent=1).encode())
 
     with contextlib.ExitStack() as stack:
         for name in (TRAIN, VALIDATION):
@@ -142,7 +142,7 @@ def make(config: DataConfig, source: "Source", folder: Path) -> None:
         vocab_size=tokenizer.vocab_size,
         splits={name: writer.info for name, writer in writers.items()},
     )
-    write_aside(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
@@ -185,12 +185,12 @@ def skip(documents: "Iterable[Document]", past: dict[str, int]) -> "Iterator[Doc
 
 def make_tokenizer(config: DataConfig, source: "Source", path: Path) -> "Tokenizer":
     """Trains on the training split, or copies the given model, to `path`. Raises UserError."""
-    from data.tokenizer import Tokenizer, train, write_aside
+    from data.tokenizer import Tokenizer, train, write_atomic
 
     if config.tokenizer == "train":
         train(watched("reading for the tokenizer", source, source.training_texts()), config.vocab_size, path)
     else:
-        write_aside(path, Tokenizer(Path(config.tokenizer).expanduser()).path.read_bytes())
+        write_atomic(path, Tokenizer(Path(config.tokenizer).expanduser()).path.read_bytes())
     return Tokenizer(path)
 
 
@@ -248,8 +248,8 @@ def main(argv: list[str]) -> int:
         return 130
     except OSError as error:  # no permission, disk full
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        mend = "; make room: the same command goes on after the last finished shard" if full else ""
-        print(f"{error.filename or f'data.dir={config.dir}'}: {error.strerror}{mend}", file=sys.stderr)
+        fix = "; make room: the same command goes on after the last finished shard" if full else ""
+        print(f"{error.filename or f'data.dir={config.dir}'}: {error.strerror}{fix}", file=sys.stderr)
         return 2
     if made:
         print(summary(corpus, time.monotonic() - began))

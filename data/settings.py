@@ -2,7 +2,7 @@
 
 Every package describes its own section as a pydantic model; `read` puts file and words together and checks them.
 All values arrive as text and take the type of their key, so `6e-4` is a number and a run may be named `007`.
-What a user got wrong is a ConfigError: one line with the key, the value and the mend. Nothing here imports torch.
+What a user got wrong is a ConfigError: one line with the key, the value and the fix. Nothing here imports torch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting that cannot be: names the key, the value and the mend."""
+    """A setting that cannot be: names the key, the value and the fix."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -85,7 +85,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         )
     except RuntimeError as error:
         raise _explained(error, vocab_size) from None
-    write_aside(path, model.getvalue())
+    write_atomic(path, model.getvalue())
 
 
 def _explained(error: RuntimeError, vocab_size: int) -> Exception:
@@ -98,7 +98,7 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
     return error
 
 
-def write_aside(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """A file appears under its name only when it is whole and on disk."""
     aside = path.with_name(path.name + ".partial")
     with aside.open("wb") as file:

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.moe import Experts
 from model.transformer import Transformer
 from parallel.compile import compile_parts
-from parallel.experts import Owners, distribute, logical
+from parallel.experts import ExpertPlacement, as_global_dtensor, distribute
 from parallel.fsdp import local, shard, window
 from parallel.mesh import Mesh
 from parallel.recompute import recompute
@@ -39,12 +39,12 @@ def build_model(
     recompute(model, again)
     if mesh is not None:
         if mesh.sparse is not None:
-            distribute(model, Owners(config.n_experts, mesh.degrees.expert), mesh.sparse, overlap)
+            distribute(model, ExpertPlacement(config.n_experts, mesh.degrees.expert), mesh.sparse, overlap)
         shard(model, mesh, dtype)
     model.to_empty(device=device)
     for module in model.modules():
         if isinstance(module, Experts):
             for weight in module.parameters():
                 local(weight).zero_()  # dead slots stay so
-    model.init_weights(seed, lambda name, parameter: window(logical(model, name, parameter)))
+    model.init_weights(seed, lambda name, parameter: window(as_global_dtensor(model, name, parameter)))
     return model

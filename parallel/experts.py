@@ -27,7 +27,7 @@ from model.permute import sort_choices
 
 
 @dataclass(frozen=True)
-class Owners:
+class ExpertPlacement:
     """Which rank owns which expert: `slots` each, in the order of torch.chunk (31 on 4 ranks: 8, 8, 8, 7)."""
 
     n_experts: int
@@ -39,7 +39,7 @@ class Owners:
         return -(-self.n_experts // self.ranks)
 
     @property
-    def waste(self) -> float:
+    def padding_ratio(self) -> float:
         """Places over experts: also the busiest rank's share of the experts over the mean."""
         return self.slots * self.ranks / self.n_experts
 
@@ -56,7 +56,7 @@ class Owners:
 class Exchange:
     """What stands in the seam `MoE.exchange` when experts live on the ranks of `mesh["expert"]`."""
 
-    def __init__(self, owners: Owners, mesh: DeviceMesh, overlap: bool) -> None:
+    def __init__(self, owners: ExpertPlacement, mesh: DeviceMesh, overlap: bool) -> None:
         self.owners, self.mesh, self.overlap = owners, mesh, overlap
         self.group = mesh["expert"].get_group()
 
@@ -72,7 +72,7 @@ class Exchange:
         ranks = self.owners.ranks
         return counts[:ranks], counts[ranks : 2 * ranks], counts[2 * ranks :]
 
-    def logical(self, tensor: Tensor) -> DTensor:
+    def as_global_dtensor(self, tensor: Tensor) -> DTensor:
         """This rank's slots (slots, ...) of a weight, a gradient or a moment, as a part of the whole (E, ...).
 
         It is a view: writes reach the tensor. Dead slots have no part in it.
@@ -95,7 +95,7 @@ class Exchange:
         )
 
 
-def distribute(model: nn.Module, owners: Owners, mesh: DeviceMesh, overlap: bool) -> None:
+def distribute(model: nn.Module, owners: ExpertPlacement, mesh: DeviceMesh, overlap: bool) -> None:
     """Leave each MoE of a model on the meta device the slots of one rank, and put an exchange into its seam."""
     for moe in model.modules():
         if isinstance(moe, MoE):
@@ -104,12 +104,12 @@ def distribute(model: nn.Module, owners: Owners, mesh: DeviceMesh, overlap: bool
             moe.exchange = Exchange(owners, mesh, overlap)
 
 
-def logical(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """`tensor`, which is parameter `name` or of its shape, as the whole model knows it: see `Exchange.logical`."""
+def as_global_dtensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, which is parameter `name` or of its shape, as a part of the whole: see `Exchange.as_global_dtensor`."""
     path, _, leaf = name.rpartition(".experts.")
     moe = model.get_submodule(path) if leaf else None
     if isinstance(moe, MoE) and isinstance(moe.exchange, Exchange):
-        return moe.exchange.logical(tensor)
+        return moe.exchange.as_global_dtensor(tensor)
     return tensor
 
 

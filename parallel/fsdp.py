@@ -38,13 +38,13 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
     dense: dict[str, Any] = {"mesh": mesh.dense, "mp_policy": policy(dtype), "ignored_params": ignored}
     for block in model.blocks:
         if isinstance(block.feed_forward, MoE):
-            if mesh.sparse is not None and mesh.degrees.replicate * mesh.degrees.rest > 1:
+            if mesh.sparse is not None and mesh.degrees.replicate * mesh.degrees.expert_shard > 1:
                 names = tuple(n for n in mesh.sparse.mesh_dim_names or () if n != "expert")
                 fully_shard(
                     block.feed_forward.experts,
                     mesh=mesh.sparse[names],
                     mp_policy=policy(dtype),
-                    shard_placement_fn=lambda weight: _placement(weight, mesh.degrees.rest),
+                    shard_placement_fn=lambda weight: _placement(weight, mesh.degrees.expert_shard),
                 )
         if size > SMALL:
             fully_shard(block, **dense)

@@ -12,9 +12,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ModelConfig
-from parallel.experts import Owners
+from parallel.experts import ExpertPlacement
 
-WASTE = 1.10  # slots over experts that are accepted without a word
+MAX_PADDING_RATIO = 1.10  # slots over experts that are accepted without a word
 
 
 class MeshError(ValueError):
@@ -45,7 +45,7 @@ class Degrees:
     expert: int
 
     @property
-    def rest(self) -> int:
+    def expert_shard(self) -> int:
         return self.shard // self.expert
 
 
@@ -61,7 +61,11 @@ def degrees(world: World, model: ModelConfig, replicate: int, shard: int | str, 
         raise MeshError(f"parallel.shard={shard}: {world.size} processes / parallel.replicate={replicate} leave {fits}")
     possible = expert_degrees(model, fits)
     if expert == "auto":
-        inside = [e for e in possible if world.local_size % e == 0 and Owners(model.n_experts, e).waste <= WASTE]
+        inside = [
+            e
+            for e in possible
+            if world.local_size % e == 0 and ExpertPlacement(model.n_experts, e).padding_ratio <= MAX_PADDING_RATIO
+        ]
         return Degrees(replicate, fits, max(inside, default=1))
     assert isinstance(expert, int)
     if expert > 1 and not model.moe_layers:
@@ -90,14 +94,14 @@ def _sizes(model: ModelConfig) -> list[tuple[int, int]]:
 
 def advice(world: World, model: ModelConfig, chosen: Degrees) -> str | None:
     """A line for degrees that leave more than a tenth of the experts' slots dead, with the better degree."""
-    owners = Owners(model.n_experts, chosen.expert)
-    if owners.waste <= WASTE:
+    owners = ExpertPlacement(model.n_experts, chosen.expert)
+    if owners.padding_ratio <= MAX_PADDING_RATIO:
         return None
     better = degrees(world, model, chosen.replicate, chosen.shard, "auto").expert
     return (
         f"parallel.expert={chosen.expert}: {owners.slots} slots on each rank for {model.n_experts} experts are "
-        f"{owners.waste - 1:.0%} more than needed; parallel.expert={better} would waste "
-        f"{Owners(model.n_experts, better).waste - 1:.0%}"
+        f"{owners.padding_ratio - 1:.0%} more than needed; parallel.expert={better} would waste "
+        f"{ExpertPlacement(model.n_experts, better).padding_ratio - 1:.0%}"
     )
 
 
@@ -127,4 +131,8 @@ def make_mesh(degrees: Degrees, device: torch.device) -> Mesh | None:
     if degrees.expert == 1:
         return Mesh(degrees, dense, None)
     # by its number: torch 2.11 refuses the name of the dimension
-    return Mesh(degrees, dense, dense._unflatten(len(copies), (degrees.rest, degrees.expert), ("rest", "expert")))
+    return Mesh(
+        degrees,
+        dense,
+        dense._unflatten(len(copies), (degrees.expert_shard, degrees.expert), ("expert_shard", "expert")),
+    )

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from parallel.mesh import World
 
 
-def find_others(world: World, timeout: float, in_vain: Callable[[], bool] = lambda: False) -> dist.Store | None:
+def find_others(world: World, timeout: float, timed_out: Callable[[], bool] = lambda: False) -> dist.Store | None:
     """A store that the ranks of this life alone write to; None for a process alone, or where there is no place for one.
 
     In a process group that is there already, its own. Raises TimeoutError, naming the ranks that did not come, also as
-    soon as `in_vain` knows that they will not.
+    soon as `timed_out` knows that they will not.
     """
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
@@ -34,7 +34,7 @@ def find_others(world: World, timeout: float, in_vain: Callable[[], bool] = lamb
     mine = uuid.uuid4().hex
     lead = _gather if world.rank == 0 else _follow
     while (life := lead(store, world, mine)) is None:
-        if time.monotonic() > end or in_vain():
+        if time.monotonic() > end or timed_out():
             raise TimeoutError(f"rank {world.rank} waited in vain for {_missing(store, world)} to start")
         time.sleep(0.1)
     return dist.PrefixStore(life, store)
@@ -82,7 +82,7 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def another(store: dist.Store, prefix: str) -> dist.Store:
+def second_connection(store: dist.Store, prefix: str) -> dist.Store:
     """The same store for another thread: its own connection, and its own keys."""
     return dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
 

@@ -180,8 +180,8 @@ def chaos(folder: Path, kills: int, seed: int, more: Sequence[str] = ()) -> str:
             *rows,
             "",
             f"{kills} kills (seed {seed}) in {len(whole['losses'])} steps and {minutes:.1f} minutes; {driver.lost} "
-            f"steps were done twice. All losses, {len(whole['evaluations'])} evaluations and {len(whole) - 2} tensors of "
-            "the last checkpoint, weights and moments, are bitwise those of the run that was left alone.",
+            f"steps were done twice. All losses, {len(whole['evaluations'])} evaluations and {len(whole) - 2} tensors "
+            "of the last checkpoint, weights and moments, are bitwise those of the run that was left alone.",
         ]
     )
 

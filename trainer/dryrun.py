@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from data.loader import Share
+from data.loader import BatchLayout
 from data.settings import dump
 from parallel import mesh
-from parallel.experts import Owners
+from parallel.experts import ExpertPlacement
 from parallel.mesh import World
 from trainer import machine
 from trainer.config import Config
@@ -23,7 +23,7 @@ def print_plan(config: Config) -> None:
     device = machine.choose_device(config.run.device, world)
     dtype = machine.choose_dtype(config.train.dtype, device, config.model.dim)
     d = degrees(config, world)
-    share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
+    share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     if (Path(config.data.dir) / "manifest.json").exists():
         _, tokenizer, loader, steps = open_corpus(config, world, device)
         vocab_size, corpus = tokenizer.vocab_size, f"{len(loader.rows):,} rows in {config.data.dir}"
@@ -40,10 +40,10 @@ def print_plan(config: Config) -> None:
         f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}"
     )
     if config.model.moe_layers:
-        owners = Owners(config.model.n_experts, d.expert)
+        owners = ExpertPlacement(config.model.n_experts, d.expert)
         print(
             f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
-            f"({owners.waste - 1:.0%} more than needed), each sharded over {d.rest}"
+            f"({owners.padding_ratio - 1:.0%} more than needed), each sharded over {d.expert_shard}"
         )
     if advice := mesh.advice(world, config.model, d):
         print(f"            {advice}")

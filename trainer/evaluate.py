@@ -39,7 +39,7 @@ def evaluate(
     """
     import torch
 
-    from data.loader import Share, story_rows
+    from data.loader import BatchLayout, story_rows
     from parallel.collectives import sum_over_ranks
     from trainer.machine import attention_of_any_length
 
@@ -53,7 +53,7 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), attention_of_any_length():
-            for places in Share(stories, size, world.size).of(world.rank):
+            for places in BatchLayout(stories, size, world.size).of(world.rank):
                 between()
                 batch = rows.batch(list(places), [0] * len(places), trim=True).to(device)
                 output = model(batch.tokens, batch.targets)

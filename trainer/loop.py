@@ -1,8 +1,8 @@
 """The run: one state object, one loop.
 
 Starting the same command again goes on from the newest checkpoint as if never stopped. `start.py` makes the run ready,
-`step.py` is one optimizer step; here they follow one another, with evaluations, samples and checkpoints between. A wish
-to stop is agreed on in each step's message, and between the batches of an evaluation; `watch.py` sees to it that nobody
+`step.py` is one optimizer step; here they follow one another, with evaluations, samples and checkpoints between. A
+request to stop is agreed on in each step's message, and between the batches of an evaluation; `watch.py` sees to it that nobody
 waits for a rank that does not come.
 """
 
@@ -22,7 +22,7 @@ from data.settings import UserError
 from model.precision import weights_unchanged
 from parallel import collectives, fsdp, rendezvous
 from parallel.mesh import World
-from parallel.rendezvous import another, find_others
+from parallel.rendezvous import find_others, second_connection
 from trainer import machine
 from trainer.checkpoint.saver import Saver
 from trainer.config import Config
@@ -30,7 +30,7 @@ from trainer.evaluate import describe, evaluate
 from trainer.fault_tolerance.errors import RankFailed, Stopped, memory_error
 from trainer.fault_tolerance.processes import sibling_exited
 from trainer.fault_tolerance.signals import StopFlag, clear_mark, leave_mark
-from trainer.fault_tolerance.watchdog import Watch
+from trainer.fault_tolerance.watchdog import Watchdog
 from trainer.generate import Sampling, text_of
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
@@ -40,15 +40,15 @@ from trainer.startup import (
     build,
     degrees,
     find_checkpoint,
+    lock_run_folder,
     make_saver,
     open_corpus,
     state_of,
-    take_folder,
     weights_of_another,
 )
 from trainer.step import train_step
 
-LIVES = itertools.count()  # of runs in this process
+GENERATIONS = itertools.count()  # of runs in this process
 BACKSTOP = 4  # times run.timeout, for the collectives: the watch, which can say who is late, ends a run before
 
 
@@ -62,16 +62,16 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         with StopFlag() as stop:
             return train(config, stop)
     world = World.from_environment()
-    watch = Watch(world.rank, world.size, stop, config.run.timeout, config.run.folder)
+    watchdog = Watchdog(world.rank, world.size, stop, config.run.timeout, config.run.folder)
     with ExitStack() as at_end:
-        at_end.callback(watch.close)
+        at_end.callback(watchdog.close)
         try:
-            return run_to_end(config, world, watch, at_end)
+            return run_to_end(config, world, watchdog, at_end)
         except Stopped:
             return 0
         except Exception as error:  # told to the others before the connections to them close
-            place, micro, length = watch.place, config.train.micro_batch_size, config.data.seq_len
-            verdict = watch.verdict(memory_error(error, place.phase, place.step, micro, length) or error)
+            place, micro, length = watchdog.place, config.train.micro_batch_size, config.data.seq_len
+            verdict = watchdog.verdict(memory_error(error, place.phase, place.step, micro, length) or error)
             if isinstance(verdict, Stopped):
                 return 0
             if verdict is error:
@@ -79,28 +79,28 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
             raise verdict from error
 
 
-def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) -> int:
+def run_to_end(config: Config, world: World, watchdog: Watchdog, at_end: ExitStack) -> int:
     """All of a run on this rank; returns the exit code. Raises Stopped if that is asked before its first step."""
     if world.rank == 0:
         clear_mark(config.run.folder)
     machine.keep_freed_memory()
     try:
-        store = find_others(world, config.run.timeout, lambda: watch.stop.asked and sibling_exited())
+        store = find_others(world, config.run.timeout, lambda: watchdog.stop.asked and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
-    watch.begin(store and another(store, f"watch/{next(LIVES)}"))
-    watch.mark("opening the corpus")
+    watchdog.begin(store and second_connection(store, f"watch/{next(GENERATIONS)}"))
+    watchdog.mark("opening the corpus")
     if config.run.deterministic:
         machine.be_deterministic()
     device = machine.choose_device(config.run.device, world)
     machine.choose_compile(config.train.compile, device)  # raises before there is anything to undo
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
-    watch.mark("connecting")
+    watchdog.mark("connecting")
     rendezvous.connect(world, device, BACKSTOP * config.run.timeout, store)
     at_end.callback(rendezvous.disconnect)
-    watch.mark("taking the run's folder")
-    lock = take_folder(config, world)
+    watchdog.mark("taking the run's folder")
+    lock = lock_run_folder(config, world)
     if lock is not None:
         at_end.callback(lock.release)
     found, passed_over = find_checkpoint(config, corpus, tokenizer)
@@ -110,9 +110,9 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
             print(f"{config.run.folder}: finished at step {found.step}; {hint}")
         return 0
     weights = weights_of_another(config, tokenizer) if found is None else None
-    watch.mark("building the model")
-    report = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
-    at_end.callback(report.close)
+    watchdog.mark("building the model")
+    reporter = Reporter(config.run.folder, config.log, config.run.name or "run", world.rank == 0)
+    at_end.callback(reporter.close)
     model, dtype = build(config, world, device, tokenizer.vocab_size, found)
     optimizer, scale = make_optimizer(model, config.train), LossScale.of(dtype)
     run = Run(
@@ -128,20 +128,20 @@ def run_to_end(config: Config, world: World, watch: Watch, at_end: ExitStack) ->
         optimizer,
         degrees(config, world),
         scale,
-        report,
-        watch.stop,
-        watch=watch,
+        reporter,
+        watchdog.stop,
+        watchdog=watchdog,
     )
-    watch.mark("loading the checkpoint")
+    watchdog.mark("loading the checkpoint")
     begin(run, found, passed_over, threads, weights)
     saver = make_saver(run, lock)
     at_end.callback(saver.close)
     saver.newest = run.step
-    watch.mark("the first message")
+    watchdog.mark("the first message")
     if world.rank == 0:
-        watch.enter()
+        watchdog.enter()
     collectives.broadcast(None)  # rank 0 is past the point where all end before the first step
-    watch.enter()
+    watchdog.enter()
     loop(run, saver)
     return 1 if saver.failed else 0
 
@@ -150,24 +150,24 @@ def loop(run: Run, saver: Saver) -> None:
     """Train until the last step, stop_at, or a signal; then the end of the run, if it is one."""
     requeue = False
     try:
-        pause(run)
-        make_up(run)
+        raise_if_stopped(run)
+        run_missed_evaluation(run)
         train_steps(run, saver, min(run.steps, run.config.train.stop_at or run.steps))
         if run.step >= run.steps:
             return finish(run)
     except Stopped as stopped:
         requeue = stopped.requeue
-        run.watch.mark("saving")
+        run.watchdog.mark("saving")
         saver.finish()
         if run.step != saver.newest and not run.skipped:
             saver.save(run.step, state_of(run), wait=True)
     if requeue and run.world.rank == 0:
         leave_mark(run.folder, run.step)
-    run.watch.close()  # nobody waits for another any more
-    run.report.event(run.step, "stopped", requeue=requeue)
-    run.report.close()
+    run.watchdog.close()  # nobody waits for another any more
+    run.reporter.event(run.step, "stopped", requeue=requeue)
+    run.reporter.close()
     saved = f"saved at {saver.newest}" if saver.newest else "nothing saved"
-    run.report.say(f"stopped at step {run.step} of {run.steps}, {saved}; to resume: {command()}")
+    run.reporter.log(f"stopped at step {run.step} of {run.steps}, {saved}; to resume: {command()}")
 
 
 def train_steps(run: Run, saver: Saver, last: int) -> None:
@@ -180,7 +180,7 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
         run.stop.stepped = True
         now = time.perf_counter()
         seconds, started = now - started, now
-        run.report.train(
+        run.reporter.train(
             run.step,
             {
                 "tokens": run.tokens,
@@ -192,7 +192,7 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
             },
         )
         if result.ready:
-            saver.advance()
+            saver.poll()
         if run.skipped >= config.train.max_skipped:
             raise UserError(
                 f"train.max_skipped={config.train.max_skipped}: so many steps in a row had no finite gradient; "
@@ -208,7 +208,7 @@ def train_steps(run: Run, saver: Saver, last: int) -> None:
         save_due = save_due or run.step == last or due(config.checkpoint.every, run.step)
         # weights that gave no finite gradient may be bad, and wait until they gave one
         if run.step == run.steps or (save_due and not run.skipped):
-            run.watch.mark("saving")
+            run.watchdog.mark("saving")
             saver.save(run.step, state_of(run), wait=run.step == last)
             save_due = False
         started = time.perf_counter()
@@ -224,7 +224,7 @@ def device_fields(run: Run, tokens_per_second: float) -> dict[str, float]:
     return {"tflops": rate / 1e12, **mfu, **machine.memory_used(run.device)}
 
 
-def make_up(run: Run) -> None:
+def run_missed_evaluation(run: Run) -> None:
     """The evaluation and the samples of the step resumed from, where a stop cut them short."""
     if 0 < run.step < run.steps:
         if due(run.config.eval.every, run.step) and not evaluated(run):
@@ -235,7 +235,7 @@ def make_up(run: Run) -> None:
 
 def evaluated(run: Run) -> bool:
     """Whether metrics.jsonl, as rank 0 sees it, holds an evaluation of this step."""
-    lines = read_lines(run.report.file.path) if run.world.rank == 0 else []
+    lines = read_lines(run.reporter.file.path) if run.world.rank == 0 else []
     return bool(collectives.broadcast(any(x["kind"] == "eval" and x["step"] == run.step for x in lines)))
 
 
@@ -245,9 +245,9 @@ def finished(folder: Path, done: int, steps: int) -> bool:
     return done > steps or (done == steps and done in ends)
 
 
-def pause(run: Run) -> None:
+def raise_if_stopped(run: Run) -> None:
     """Before the first step or a batch of an evaluation, after a token: raises Stopped on all ranks where one asks."""
-    run.watch.mark(run.watch.place.phase)
+    run.watchdog.mark(run.watchdog.place.phase)
     (wishes,) = collectives.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
     stop, requeue = (wishes > 0).tolist()
     if stop:
@@ -258,7 +258,7 @@ def timed(run: Run, last: int) -> Iterator[tuple[Step, float]]:
     """The loader's steps up to `last`, each with the seconds that it was waited for."""
     batches = run.loader.steps(run.step, last)
     while True:
-        run.watch.mark("data", run.step + 1)
+        run.watchdog.mark("data", run.step + 1)
         start = time.perf_counter()
         item = next(batches, None)
         if item is None:
@@ -271,16 +271,16 @@ def due(every: int, step: int) -> bool:
 
 
 def run_evaluation(run: Run, batches: int | str) -> None:
-    run.watch.mark("evaluation")
+    run.watchdog.mark("evaluation")
     with weights_unchanged():
-        line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: pause(run))
-    run.report.write("eval", run.step, **line)
-    run.report.say(f"step {run.step}: {describe(line)}")
+        line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: raise_if_stopped(run))
+    run.reporter.write("eval", run.step, **line)
+    run.reporter.log(f"step {run.step}: {describe(line)}")
 
 
 def run_samples(run: Run) -> list[str]:
     """A story for each prompt, by all ranks alike; rank 0 writes them to samples/."""
-    run.watch.mark("sampling")
+    run.watchdog.mark("sampling")
     config, stories = run.config.sample, []
     with weights_unchanged(), fsdp.gathered(run.model):
         for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
@@ -288,9 +288,9 @@ def run_samples(run: Run) -> list[str]:
             pieces = [prompt]
             for piece in text_of(run.model, run.tokenizer, prompt, sampling):
                 pieces.append(piece)
-                pause(run)
+                raise_if_stopped(run)
             stories.append("".join(pieces))
-    run.report.write_text(samples_file(run), "\n\n---\n\n".join(stories) + "\n")
+    run.reporter.write_text(samples_file(run), "\n\n---\n\n".join(stories) + "\n")
     return stories
 
 
@@ -303,9 +303,9 @@ def finish(run: Run) -> None:
     if run.config.eval.final != "none" and not evaluated(run):
         run_evaluation(run, run.config.eval.final)
     stories = run_samples(run)
-    run.watch.close()
-    run.report.event(run.step, "finished")
-    run.report.close()
+    run.watchdog.close()
+    run.reporter.event(run.step, "finished")
+    run.reporter.close()
     if run.world.rank != 0:
         return
     from trainer.report import plot_loss

@@ -141,14 +141,14 @@ def check_card(name: str, capability: tuple[int, int], built_for: list[str], opt
         )
 
 
-def choose_dtype(wish: str, device: torch.device, dim: int, before: str | None = None) -> torch.dtype:
+def choose_dtype(requested: str, device: torch.device, dim: int, before: str | None = None) -> torch.dtype:
     """`auto` is bf16 on CUDA from sm80, fp16 below; on a CPU fp32, unless a short trial shows that bf16 is faster for a
     model of width `dim`.
 
     A trial may end otherwise next time: a run that goes on keeps what it had `before`, unless this CPU has no bf16.
     """
-    if wish != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wish]
+    if requested != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if before == "bfloat16":
@@ -220,7 +220,7 @@ def _seconds(dtype: torch.dtype, size: int) -> float:
 
 
 def choose_loss(liger: bool, device: torch.device) -> tuple[Loss | None, str | None]:
-    """The loss that train.liger brings, None for the model's own; and a line to say where the wish cannot be met."""
+    """The loss that train.liger brings, None for the model's own; and a line to say where the request cannot be met."""
     if not liger:
         return None, None
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -269,17 +269,17 @@ def compiler_lacks(device: torch.device) -> str | None:
     return None
 
 
-def set_threads(wish: int | str, world: World) -> int:
-    """Threads of this rank: the wish, else the user's OMP_NUM_THREADS, else cores / local ranks. Returns them.
+def set_threads(requested: int | str, world: World) -> int:
+    """Threads of this rank: the request, else the user's OMP_NUM_THREADS, else cores / local ranks. Returns them.
 
     torchrun sets OMP_NUM_THREADS=1 for its workers, so what the user said stands in the parent's environment.
     """
-    if wish == "auto":
+    if requested == "auto":
         said = os.environ.get("OMP_NUM_THREADS") if world.size == 1 else _parents_environment().get("OMP_NUM_THREADS")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wish = int(said) if said and said.isdigit() else max(1, cores // world.local_size)
-    torch.set_num_threads(int(wish))
-    return int(wish)
+        requested = int(said) if said and said.isdigit() else max(1, cores // world.local_size)
+    torch.set_num_threads(int(requested))
+    return int(requested)
 
 
 def _parents_environment() -> dict[str, str]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from data.loader import Share
+from data.loader import BatchLayout
 from model.config import ModelConfig
 from model.loss import chunk_rows
-from parallel.experts import Owners
+from parallel.experts import ExpertPlacement
 from parallel.fsdp import SMALL
 from parallel.mesh import Degrees
 from trainer.config import Config
@@ -53,7 +53,7 @@ class Plan:
     vocab_size: int
     c: int  # bytes of a number in the dtype of the products
     degrees: Degrees
-    share: Share
+    share: BatchLayout
 
     @property
     def model(self) -> ModelConfig:
@@ -86,7 +86,12 @@ class Plan:
         """Weights of the experts of a layer that the ranks of an expert mesh hold, before they are sharded further."""
         if not self.model.moe_layers:
             return 0
-        return Owners(self.model.n_experts, self.degrees.expert).slots * 3 * self.model.dim * self.model.expert_dim
+        return (
+            ExpertPlacement(self.model.n_experts, self.degrees.expert).slots
+            * 3
+            * self.model.dim
+            * self.model.expert_dim
+        )
 
     @property
     def all_experts(self) -> int:
@@ -108,7 +113,7 @@ class Plan:
     @property
     def held(self) -> int:
         """Weights that lie here for good."""
-        return self.dense // self.degrees.shard + self.all_experts // self.degrees.rest
+        return self.dense // self.degrees.shard + self.all_experts // self.degrees.expert_shard
 
     @property
     def several(self) -> bool:
@@ -127,7 +132,7 @@ class Plan:
     @property
     def experts_sharded(self) -> bool:
         """Whether the experts are units of FSDP of their own."""
-        return self.degrees.expert > 1 and self.degrees.replicate * self.degrees.rest > 1
+        return self.degrees.expert > 1 and self.degrees.replicate * self.degrees.expert_shard > 1
 
     @property
     def experts_whole(self) -> bool:
@@ -159,7 +164,7 @@ class Plan:
         return self.dense + (self.all_experts if self.experts_inside else 0)
 
 
-def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, share: Share) -> Memory:
+def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, share: BatchLayout) -> Memory:
     """What a rank needs at its peak in training."""
     plan = Plan(config, vocab_size, dtype.itemsize, degrees, share)
     moments = (head_forward(plan), head_backward(plan), block_backward(plan), last_reduction(plan))

@@ -66,7 +66,7 @@ class Reporter:
         self._steps = 0
         self._full = False
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line on stdout, above the bar."""
         if self.speaks:
             self._shown(lambda: tqdm.write(text) if self._bar is not None else print(text, flush=True))
@@ -85,7 +85,7 @@ class Reporter:
             self._full = False
         except OSError as error:
             if not self._full:
-                self.say(f"{path}: cannot be written ({error.strerror}); going on without")
+                self.log(f"{path}: cannot be written ({error.strerror}); going on without")
             self._full = True
 
     def write_text(self, path: Path, text: str) -> None:
@@ -121,7 +121,7 @@ class Reporter:
         if mode == "disabled":
             return
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            self.say("log.wandb=online: no WANDB_API_KEY in the environment; logging offline (`wandb sync` sends it)")
+            self.log("log.wandb=online: no WANDB_API_KEY in the environment; logging offline (`wandb sync` sends it)")
             mode = "offline"
         try:
             import wandb
@@ -137,7 +137,7 @@ class Reporter:
             )
             self._wandb.define_metric("*", step_metric="step")
         except Exception as error:  # a logger must not end a run
-            self.say(f"log.wandb={mode}: {str(error).splitlines()[0]}; going on without it")
+            self.log(f"log.wandb={mode}: {str(error).splitlines()[0]}; going on without it")
             self._wandb = None
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
@@ -165,7 +165,7 @@ class Reporter:
             self._shown(lambda: self._bar and self._bar.update(step - self._bar.n))
         elif step % self.config.every == 0 or step == self._steps:
             left = (self._steps - step) * fields["step_seconds"]
-            self.say(f"step {step}/{self._steps}: {text}, lr {fields['lr']:.2e}, {_clock(left)} left")
+            self.log(f"step {step}/{self._steps}: {text}, lr {fields['lr']:.2e}, {_clock(left)} left")
 
     def close(self) -> None:
         """End bar and wandb."""

@@ -207,8 +207,8 @@ def page(model: "Transformer", tokenizer: "Tokenizer", name: str) -> "gradio.Blo
 
     def start(story: Story, prompt: str, *values: Any) -> Iterator[str]:
         try:
-            wish = Sampling(**{knob: KNOBS[knob](value or 0) for knob, value in zip(KNOBS, values, strict=True)})
-            for _ in write(story, model, tokenizer, routes, prompt, wish):
+            requested = Sampling(**{knob: KNOBS[knob](value or 0) for knob, value in zip(KNOBS, values, strict=True)})
+            for _ in write(story, model, tokenizer, routes, prompt, requested):
                 yield look(story)
         except UserError as error:
             story.note = str(error).removeprefix("--")

@@ -13,7 +13,7 @@ from parallel.mesh import Degrees, World
 from trainer.checkpoint.saver import Saver
 from trainer.config import Config
 from trainer.fault_tolerance.signals import StopFlag
-from trainer.fault_tolerance.watchdog import Watch
+from trainer.fault_tolerance.watchdog import Watchdog
 from trainer.metrics import Reporter
 from trainer.optimizer import LossScale
 from trainer.spikes import Spikes
@@ -35,13 +35,13 @@ class Run:
     optimizer: torch.optim.AdamW
     degrees: Degrees
     scale: LossScale
-    report: Reporter
+    reporter: Reporter
     stop: StopFlag
     step: int = 0  # finished steps
     tokens: int = 0  # targets that entered the loss so far
     skipped: int = 0  # steps in a row without a finite gradient
     saver: Saver | None = None
-    watch: Watch = field(default_factory=Watch)
+    watchdog: Watchdog = field(default_factory=Watchdog)
     spikes: Spikes = field(default_factory=Spikes)
 
     @property

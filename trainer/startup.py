@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from data.loader import Loader, Share, training_rows
+from data.loader import BatchLayout, Loader, training_rows
 from data.settings import ConfigError, UserError, dump
 from data.shards import Corpus
 from data.tokenizer import Tokenizer
@@ -22,9 +22,9 @@ from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, none_usable
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.config import Config
-from trainer.fault_tolerance.run_lock import Lock, sees
-from trainer.hub.importer import Beginning, beginning
-from trainer.hub.mapping import OF_TRAINING
+from trainer.fault_tolerance.run_lock import RunLock, sees
+from trainer.hub.importer import InitialWeights, initial_weights
+from trainer.hub.mapping import TRAINING_ONLY_KEYS
 from trainer.machine import dtype_name
 from trainer.optimizer import LossScale, learning_rate
 from trainer.run import Run
@@ -47,7 +47,7 @@ def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Cor
     if world.rank == 0:
         corpus.verify()
     rows = training_rows(corpus.split("train"), config.data, tokenizer.bos, tokenizer.pad)
-    share = Share(config.train.global_batch_size, config.train.micro_batch_size, world.size)
+    share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     loader = Loader(rows, share, config.train.seed, world.rank, config.data.workers, pin=device.type == "cuda")
     return corpus, tokenizer, loader, steps_of(config, len(rows))
 
@@ -69,12 +69,12 @@ def steps_of(config: Config, rows: int) -> int:
     return max(1, int(config.train.epochs * rows / config.train.global_batch_size))
 
 
-def take_folder(config: Config, world: World) -> Lock | None:
+def lock_run_folder(config: Config, world: World) -> RunLock | None:
     """The run's folder for this run alone; the lock is rank 0's. Raises UserError, on all ranks together."""
     folder, lock, why = config.run.folder, None, None
     if world.rank == 0:
         try:
-            lock = Lock(folder)
+            lock = RunLock(folder)
             remove_partial(folder / "checkpoints")
         except UserError as error:
             why = str(error)
@@ -101,7 +101,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
             raise UserError(none_usable(folder / "checkpoints", why))
         return None, []
     manifest = found.manifest
-    trained = {f"model.{key}" for key in OF_TRAINING}
+    trained = {f"model.{key}" for key in TRAINING_ONLY_KEYS}
     differences = (d for d in changes(manifest["config"], config) if d.startswith("model."))
     if other := [d for d in differences if d.partition(":")[0] not in trained]:
         raise UserError(f"{folder}: made with another model ({'; '.join(other)}); choose another run.name=")
@@ -116,13 +116,13 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
     return found, why
 
 
-def weights_of_another(config: Config, tokenizer: Tokenizer) -> Beginning | None:
+def weights_of_another(config: Config, tokenizer: Tokenizer) -> InitialWeights | None:
     """What train.init_from names, if anything. On all ranks together, for one may not see it. Raises UserError."""
     if config.train.init_from is None:
         return None
     weights, why = None, None
     try:
-        weights = beginning(config.train.init_from, config.model, tokenizer.vocab_size)
+        weights = initial_weights(config.train.init_from, config.model, tokenizer.vocab_size)
     except UserError as error:
         why = str(error)
     if why := collectives.first_error(why):
@@ -174,8 +174,8 @@ def build(
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     before = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
     # `auto` may try it out, and ranks may find otherwise
-    wish = machine.choose_dtype(config.train.dtype, device, config.model.dim, before)
-    dtype = dtypes[collectives.broadcast(dtypes.index(wish))]
+    requested = machine.choose_dtype(config.train.dtype, device, config.model.dim, before)
+    dtype = dtypes[collectives.broadcast(dtypes.index(requested))]
     layout = mesh.make_mesh(degrees(config, world), device)
     model = build_model(
         config.model,
@@ -191,7 +191,9 @@ def build(
     return model, dtype
 
 
-def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: int, weights: Beginning | None) -> None:
+def begin(
+    run: Run, found: Checkpoint | None, passed_over: list[str], threads: int, weights: InitialWeights | None
+) -> None:
     """Load the checkpoint, or start a fresh run folder (with the `weights` of another), and say which."""
     config, folder = run.config, run.folder
     notes: list[str] = []
@@ -208,39 +210,39 @@ def begin(run: Run, found: Checkpoint | None, passed_over: list[str], threads: i
     if run.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump(config.sections()))
-        run.report.file.cut(run.step if found else -1)
+        run.reporter.file.cut(run.step if found else -1)
     total, active = config.model.parameter_counts(run.tokenizer.vocab_size)
     share = run.loader.share
-    run.report.say("fresh" if found is None else f"resumed from step {run.step}")
+    run.reporter.log("fresh" if found is None else f"resumed from step {run.step}")
     for note in notes:
-        run.report.say(note)
+        run.reporter.log(note)
     loss, without = machine.choose_loss(config.train.liger, run.device)
     run.model.head.loss = loss or run.model.head.loss
     for line in (without, machine.choose_compile(config.train.compile, run.device)[1]):
         if line:
-            run.report.say(line)
+            run.reporter.log(line)
     if config.data.mask_documents and not config.model.attention_dropout and (line := machine.without_flex(run.device)):
-        run.report.say(line)
+        run.reporter.log(line)
     if advice := mesh.advice(run.world, config.model, run.degrees):
-        run.report.say(advice)
+        run.reporter.log(advice)
     d = run.degrees
-    run.report.say(
+    run.reporter.log(
         f"{folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {run.world.size} processes on "
         f"{run.device.type} (replicate {d.replicate} x shard {d.shard}, expert {d.expert}), {threads} threads each, "
         f"{dtype_name(run.dtype)}; {run.steps} steps of {share.global_batch_size} x {config.data.seq_len} tokens"
     )
-    run.report.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
+    run.reporter.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
 
 
-def make_saver(run: Run, lock: Lock | None) -> Saver:
+def make_saver(run: Run, lock: RunLock | None) -> Saver:
     """What saves the run; what becomes of each save goes to the report."""
 
     def tell(step: int, seconds: float, why: str | None) -> None:
         if why is None:
-            run.report.event(run.step, "saved", at=step, seconds=seconds)
+            run.reporter.event(run.step, "saved", at=step, seconds=seconds)
             return
-        run.report.event(run.step, "save failed", at=step, why=why)
-        run.report.say(f"checkpoint of step {step}: {why}; dropped on all ranks, the one before stays")
+        run.reporter.event(run.step, "save failed", at=step, why=why)
+        run.reporter.log(f"checkpoint of step {step}: {why}; dropped on all ranks, the one before stays")
 
     run.saver = Saver(
         run.folder / "checkpoints",
@@ -251,7 +253,7 @@ def make_saver(run: Run, lock: Lock | None) -> Saver:
         tell,
     )
     if line := not_locked(collectives.gather(run.saver.image and run.saver.image.not_locked, run.saver.group)):
-        run.report.say(line)
+        run.reporter.log(line)
     return run.saver
 
 

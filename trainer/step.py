@@ -1,8 +1,8 @@
 """One optimizer step.
 
 The loader's micro-batches go forward and backward, gradients are reduced on the last; one message sums norm, loss,
-loads and the wish to stop over all ranks; clip, AdamW, balance bias, and what there is to tell. `run.watch` hears where
-the step is, so that a rank that hangs can be told from those that wait for it.
+loads and the request to stop over all ranks; then come the clip, AdamW, the balance bias and the metrics. The step marks
+its phases in `run.watchdog`, so that a rank that hangs can be told from those that wait for it.
 """
 
 import math
@@ -19,7 +19,7 @@ from model.precision import weights_unchanged
 from model.random import place_seed, sequence_keys, site_keys
 from model.transformer import Output, Transformer
 from parallel import collectives, fsdp, gradients
-from parallel.experts import Owners
+from parallel.experts import ExpertPlacement
 from trainer.optimizer import learning_rate
 from trainer.run import Run
 
@@ -37,7 +37,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     config, model = run.config.train, run.model
     with weights_unchanged():
         loss, loads, statistics = backward(run, batch)
-    run.watch.mark("the step's message")
+    run.watchdog.mark("the step's message")
     gradients.sum_replicated(model)
     parts = gradients.local_gradients(model)
     square = gradients.sum_of_squares(model, run.config.parallel.replicate)
@@ -46,7 +46,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     total_square, total_loss, total_loads, total_statistics, (stops, requeues, ready) = collectives.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )
-    run.watch.mark("optimizer")
+    run.watchdog.mark("optimizer")
     norm, mean_loss = math.sqrt(float(total_square)) / run.scale.value, float(total_loss)
     rate = learning_rate(config, run.step, run.steps)
     finite = math.isfinite(norm) and math.isfinite(mean_loss)
@@ -58,18 +58,18 @@ def train_step(run: Run, batch: Step) -> StepResult:
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         if run.saver is not None:
-            run.saver.before_change()
+            run.saver.wait_for_staging()
         run.optimizer.step()
         if run.step < fading_from(run.config.model, run.steps):
             move_biases(model, total_loads, run.config.model.balance_rate)
         else:
             fade_biases(model, run.step, run.steps)
     elif run.scale.can_fall and math.isfinite(mean_loss):
-        run.report.event(run.step + 1, "loss scale", was=run.scale.value)  # looking for the largest is no fault
+        run.reporter.event(run.step + 1, "loss scale", was=run.scale.value)  # looking for the largest is no fault
     else:
         run.skipped += 1
-        run.report.event(run.step + 1, "skipped", loss=str(mean_loss), grad_norm=str(norm))
-        run.report.say(f"step {run.step + 1}: loss {mean_loss}, gradient norm {norm}: skipped on all ranks")
+        run.reporter.event(run.step + 1, "skipped", loss=str(mean_loss), grad_norm=str(norm))
+        run.reporter.log(f"step {run.step + 1}: loss {mean_loss}, gradient norm {norm}: skipped on all ranks")
     run.scale.update(finite)
     run.optimizer.zero_grad()
     run.step += 1
@@ -83,8 +83,8 @@ def train_step(run: Run, batch: Step) -> StepResult:
 def report_spike(run: Run, loss: float) -> None:
     """Say so when the loss jumps; nothing else is done about it."""
     if (usual := run.spikes.usual(loss)) is not None:
-        run.report.event(run.step + 1, "spike", loss=loss, usual=usual)
-        run.report.say(f"step {run.step + 1}: loss {loss:.3f} jumps above the usual {usual:.3f}")
+        run.reporter.event(run.step + 1, "spike", loss=loss, usual=usual)
+        run.reporter.log(f"step {run.step + 1}: loss {loss:.3f} jumps above the usual {usual:.3f}")
 
 
 def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,15 +99,15 @@ def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     statistics: Tensor | int = 0
     if config.model.attention_dropout:  # fused attention takes no keys: the same on the same mesh only
         torch.manual_seed(place_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
-    run.watch.mark("forward", run.step + 1)
+    run.watchdog.mark("forward", run.step + 1)
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         last = number == len(batch.micro_batches)
         fsdp.reduce_gradients(run.model, last or config.train.reduce == "every")
-        run.watch.mark("forward")
+        run.watchdog.mark("forward")
         output = forward(run, micro_batch, shares)
         assert output.loss is not None
-        run.watch.mark("backward")
+        run.watchdog.mark("backward")
         ((output.loss + output.penalty) * (run.scale.value / real)).backward()
         loss += output.loss.detach().double() / real
         loads = loads + output.loads
@@ -182,7 +182,7 @@ def expert_fields(run: Run, loads: Tensor, statistics: Tensor, real_tokens: int)
 
     model = run.config.model
     entropy, z, aux = (statistics.mean(0) / max(1, real_tokens)).tolist()
-    by_rank = Owners(model.n_experts, run.degrees.expert).by_rank(loads).sum(-1)
+    by_rank = ExpertPlacement(model.n_experts, run.degrees.expert).by_rank(loads).sum(-1)
     fields: dict[str, Any] = {
         "expert_load_max": busiest(loads),
         "rank_load_max": busiest(by_rank),

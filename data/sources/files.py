@@ -180,8 +180,8 @@ def rows_of(where: str, before: int, batch: Any, field: str) -> Iterator[str]:
 
 def no_text(where: str, field: str, texts: Iterable[str]) -> UserError:
     """The error that names the fields which do hold text."""
-    mend = f"text stands in: {', '.join(texts)} (data.text_field=...)" if texts else "no field holds text"
-    return UserError(f"{where}: data.text_field={field} is no text there; {mend}")
+    fix = f"text stands in: {', '.join(texts)} (data.text_field=...)" if texts else "no field holds text"
+    return UserError(f"{where}: data.text_field={field} is no text there; {fix}")
 
 
 def _txt(lines: Iterator[tuple[int, str]]) -> Iterator[str]:

@@ -89,7 +89,7 @@ def attention(repeats: int) -> list[Figure]:
 def loader(repeats: int) -> list[Figure]:
     """A step of batches in its order, against taking as many rows at random from the mapped tokens, as is usual."""
     from data.config import DataConfig
-    from data.loader import Loader, Share, training_rows
+    from data.loader import BatchLayout, Loader, training_rows
     from data.prepare import main
     from data.settings import read
     from data.shards import Corpus
@@ -101,7 +101,7 @@ def loader(repeats: int) -> list[Figure]:
         corpus = Corpus.open(config.dir)
         tokenizer, split = corpus.tokenizer(), corpus.split("train")
         rows = training_rows(split, config, tokenizer.bos, tokenizer.pad)
-        batches, tokens = Loader(rows, Share(256, 32, 1), 0, workers=0), split.shard(0).tokens
+        batches, tokens = Loader(rows, BatchLayout(256, 32, 1), 0, workers=0), split.shard(0).tokens
         number, draw = iter(range(10**9)), torch.Generator().manual_seed(0)
 
         def at_random() -> None:

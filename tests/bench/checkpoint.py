@@ -66,7 +66,7 @@ def parts(folder: str, beside: bool, threads: int) -> tuple[Transformer, torch.o
     return model, optimizer, Saver(path / f"{world.size}", tensors, path / "tokenizer.model", config)
 
 
-def alone(folder: str, repeats: int) -> dict[str, list[float]]:
+def exclusive(folder: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of saving, of loading and of the same with plain files; MiB that a save takes at its most."""
     model, optimizer, saver = parts(folder, False, len(os.sched_getaffinity(0)))
     seconds: dict[str, list[float]] = {"save": [], "plain write": [], "load": [], "plain read": [], "memory": []}
@@ -114,11 +114,11 @@ def beside(folder: str, repeats: int) -> dict[str, list[float]]:
         assert output.loss is not None
         (output.loss / tokens.numel()).backward()
         _, written = collectives.sum_over_ranks(gradients.sum_of_squares(model), torch.tensor(float(saver.ready)))
-        saver.before_change()
+        saver.wait_for_staging()
         optimizer.step()
         optimizer.zero_grad()
         if int(written) == World.from_environment().size:
-            saver.advance()
+            saver.poll()
 
     def steps(count: int, save: bool = False) -> float:
         start = time.perf_counter()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import IGNORE, Loader, Order, Rows, Share
+from data.loader import IGNORE, BatchLayout, Loader, Order, Rows
 from data.settings import UserError
 from data.shards import Corpus
 
@@ -33,7 +33,7 @@ def test_orders_differ_by_seed_and_epoch():
 @settings(max_examples=100, deadline=None)
 @given(size=st.integers(1, 70), micro=st.integers(1, 20), world=st.integers(1, 9))
 def test_any_world_takes_any_global_batch(size, micro, world):
-    share = Share(size, micro, world)
+    share = BatchLayout(size, micro, world)
     ranks = [share.of(r) for r in range(world)]
     assert [p for rank in ranks for batch in rank for p in batch if p is not None] == list(range(size))
     assert {len(rank) for rank in ranks} == {share.micro_batches}
@@ -60,7 +60,7 @@ BOS, EOS, PAD = 1, 2, 0
 
 def loader(split, size=12, micro=5, rank=0, world=1, seq_len=32, pack=True, **keys):
     rows = Rows(split, seq_len, pack, BOS, PAD, keys.pop("mask_documents", False))
-    return Loader(rows, Share(size, micro, world), seed=3, rank=rank, **keys)
+    return Loader(rows, BatchLayout(size, micro, world), seed=3, rank=rank, **keys)
 
 
 def global_batch(split, step, world, micro, **keys):

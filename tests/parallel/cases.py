@@ -13,7 +13,7 @@ from model.moe import Experts, MoE
 from model.random import sequence_keys, site_keys
 from parallel import collectives, fsdp, gradients
 from parallel.build import build_model
-from parallel.experts import Exchange, Owners, _Leg, distribute, logical
+from parallel.experts import Exchange, ExpertPlacement, _Leg, as_global_dtensor, distribute
 from parallel.mesh import World, degrees, make_mesh
 from parallel.recompute import recompute
 from trainer.checkpoint.load import weights_digest
@@ -55,7 +55,7 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
     square, loss = collectives.sum_over_ranks(gradients.sum_of_squares(model, replicate), loss)
     grads = {}
     for name, p in model.named_parameters():
-        grad = logical(model, name, p.grad)
+        grad = as_global_dtensor(model, name, p.grad)
         grads[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).numpy()
     return {"grads": grads, "norm": float(square.sqrt()), "loss": float(loss)}
 
@@ -102,7 +102,7 @@ def exchange(counts, nobodys, dtype, overlap):
     """
     world, dtype = World.from_environment(), getattr(torch, dtype)
     n_experts, mine = len(counts[0]), torch.tensor(counts[world.rank])
-    owners = Owners(n_experts, world.size)
+    owners = ExpertPlacement(n_experts, world.size)
     config = ModelConfig(dim=8, n_heads=2, expert_dim=4, n_experts=n_experts)
     home, away = Experts(config).to(dtype), Experts(config).to(dtype)
     first, owned = world.rank * owners.slots, owners.owned(world.rank)
@@ -141,7 +141,7 @@ def moe(world, mode, overlap=True, **keys):
         model = fsdp.Transformer(config, VOCAB)
     recompute(model, mode)
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("expert",))
-    distribute(model, Owners(config.n_experts, world.size), mesh, overlap)
+    distribute(model, ExpertPlacement(config.n_experts, world.size), mesh, overlap)
     model.to_empty(device="cpu")
     model.init_weights(0)  # the experts of all ranks are alike here
     inner = model.blocks[0].feed_forward
@@ -315,7 +315,7 @@ def whole_experts(**keys):
     found = {}
     for name, p in model.named_parameters():
         if ".experts." in name:
-            found[name] = tuple(fsdp.local(p).shape), tuple(logical(model, name, p).shape)
+            found[name] = tuple(fsdp.local(p).shape), tuple(as_global_dtensor(model, name, p).shape)
     return found
 
 

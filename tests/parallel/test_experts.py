@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.experts import Owners
+from parallel.experts import ExpertPlacement
 from tests.parallel import cases
 
 CASES = "tests.parallel.cases:"
@@ -13,14 +13,16 @@ CASES = "tests.parallel.cases:"
 
 @given(st.integers(1, 200), st.integers(1, 64))
 def test_owners_are_those_of_torch_chunk(n_experts, ranks):
-    owners = Owners(n_experts, ranks)
+    owners = ExpertPlacement(n_experts, ranks)
     owned = [owners.owned(r) for r in range(ranks)]
     chunks = [len(c) for c in torch.arange(n_experts).chunk(ranks)]
     assert owned == chunks + [0] * (ranks - len(chunks))
     loads = torch.arange(1, n_experts + 1)
     by_rank = owners.by_rank(loads)
     assert by_rank.shape == (ranks, owners.slots) and torch.equal(by_rank.flatten()[:n_experts], loads)
-    assert int(by_rank.sum()) == int(loads.sum()) and owners.waste == pytest.approx(owners.slots * ranks / n_experts)
+    assert int(by_rank.sum()) == int(loads.sum()) and owners.padding_ratio == pytest.approx(
+        owners.slots * ranks / n_experts
+    )
 
 
 @st.composite
@@ -83,7 +85,7 @@ def test_bytes_on_the_wire_are_those_of_the_formula(pool, world, expert):
     The routers' weights, which every rank has, are not gathered.
     """
     micro_batches, dim, ranks, rest = 2, cases.SMALL["dim"], world, world // expert
-    owners = Owners(cases.SMALL["n_experts"], expert)
+    owners = ExpertPlacement(cases.SMALL["n_experts"], expert)
     results = pool.run(world, CASES + "wire", expert=expert)
     loads = torch.tensor([r[2] for r in results])  # (ranks, layers, E)
     blocks = others = experts = 0  # numbers in units

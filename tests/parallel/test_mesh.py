@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from parallel.experts import Owners
+from parallel.experts import ExpertPlacement
 from parallel.mesh import Degrees, MeshError, World, advice, degrees
 
 SCOUT = ModelConfig()  # dim 768, 31 experts of 2048
@@ -47,7 +47,7 @@ def test_auto_with_replicas_few_experts_or_none():
 def test_auto_always_fits(world, n_experts, dim):
     model = ModelConfig(n_experts=n_experts, dim=dim, n_heads=1, expert_dim=dim)
     d = degrees(World(0, world, 0, world), model, 1, "auto", "auto")
-    assert d.rest * d.expert == world and Owners(n_experts, d.expert).waste <= 1.1
+    assert d.expert_shard * d.expert == world and ExpertPlacement(n_experts, d.expert).padding_ratio <= 1.1
     assert degrees(World(0, world, 0, world), model, 1, world, d.expert) == d
 
 
@@ -85,4 +85,4 @@ def test_a_waste_above_a_tenth_is_told_with_the_better_degree(expert, better, pe
 
 def test_some_rank_may_own_no_expert():
     assert of(8, expert=8, model=ModelConfig(n_experts=3)) == Degrees(1, 8, 8)
-    assert [Owners(5, 4).owned(r) for r in range(4)] == [2, 2, 1, 0]
+    assert [ExpertPlacement(5, 4).owned(r) for r in range(4)] == [2, 2, 1, 0]

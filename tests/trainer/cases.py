@@ -74,7 +74,7 @@ def deterministic_run(corpus: str, runs: str, more: list[str]) -> tuple[bool, st
 def begun(places: list[str], run: str, expert: int) -> list[str]:
     """Digests of models on these processes that begin with the weights of folders or checkpoints."""
     from trainer.checkpoint.load import load_model
-    from trainer.hub.importer import beginning
+    from trainer.hub.importer import initial_weights
 
     world, cpu = World.from_environment(), torch.device("cpu")
     _, tokenizer, c = load_model(Path(run))
@@ -82,7 +82,7 @@ def begun(places: list[str], run: str, expert: int) -> list[str]:
     done = []
     for place in places:
         model = build_model(c.model, tokenizer.vocab_size, 5, cpu, torch.float32, layout)
-        beginning(place, c.model, tokenizer.vocab_size).fill(model)
+        initial_weights(place, c.model, tokenizer.vocab_size).fill(model)
         done.append(weights_digest(model))
     return done
 
@@ -308,7 +308,7 @@ def memory_of_saves(folder: str) -> dict[str, float]:
     before = status("VmRSS")
     for step in range(3, 53):
         many.save(step, {})
-        many.before_change()
+        many.wait_for_staging()
     many.finish()
     many.close()
     found["after 50"] = status("VmRSS") - before

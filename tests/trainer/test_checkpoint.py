@@ -23,7 +23,7 @@ from trainer.checkpoint import layout
 from trainer.checkpoint.folder import complete_checkpoints, open_checkpoint, prune_checkpoints
 from trainer.checkpoint.saver import Saver
 from trainer.config import CheckpointConfig
-from trainer.fault_tolerance.run_lock import Lock, Lost
+from trainer.fault_tolerance.run_lock import LockLost, RunLock
 from trainer.metrics import read_lines
 
 RUN = "tests.trainer.cases:run_words"
@@ -70,8 +70,8 @@ def test_any_mesh_reads_what_any_other_wrote(pool, tmp_path):
 
 def test_saves_beside_the_training_hold_what_saves_that_wait_hold(pool, corpus_dir, plain, tmp_path, monkeypatch):
     """The same steps, bit by bit, though weights move on while they are written, and the writer comes late."""
-    help_ = layout.Image.help
-    monkeypatch.setattr(layout.Image, "help", lambda image: (time.sleep(0.2), help_(image)))
+    help_ = layout.StagingBuffer.help
+    monkeypatch.setattr(layout.StagingBuffer, "help", lambda image: (time.sleep(0.2), help_(image)))
     words = ["run.name=beside", "train.steps=6", "checkpoint.every=2", "checkpoint.async_save=true"]
     assert cases.run(corpus_dir, tmp_path, *words) == 0
     for a, b in zip(
@@ -100,7 +100,7 @@ def test_a_copy_that_the_writer_has_not_begun_is_made_before_weights_move(tmp_pa
     saver._thread.submit(go.wait)
     saver.save(1, {})
     assert not saver.ready and not complete_checkpoints(tmp_path / "checkpoints")
-    saver.before_change()
+    saver.wait_for_staging()
     tensors["w"] += 1
     go.set()
     saver.finish()
@@ -267,7 +267,7 @@ def test_a_full_disk_drops_the_save_and_nothing_else(tmp_path, beside):
         saver.finish()
         filler.write_bytes(bytes(1_000_000))
         saver.save(2, {})
-        saver.before_change()
+        saver.wait_for_staging()
         tensors["w"] += 1
         saver.finish()
         assert saver.failed and saver.newest == 1
@@ -303,12 +303,12 @@ def test_a_run_goes_on_where_saves_fail_and_its_exit_code_tells(pool, corpus_dir
 
 
 def test_a_writer_that_lost_its_run_publishes_nothing(tmp_path):
-    lock = Lock(tmp_path / "run")
+    lock = RunLock(tmp_path / "run")
     saver = saver_of(tmp_path / "run", {"w": torch.ones(9)}, lock=lock, async_save=True)
     saver.save(1, {}, wait=True)
     saver.save(2, {})
     lock.path.write_text(json.dumps({"id": "another", "host": "elsewhere"}))
-    with pytest.raises(Lost):
+    with pytest.raises(LockLost):
         saver.finish()
     saver.close()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]

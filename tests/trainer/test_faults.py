@@ -20,7 +20,7 @@ from trainer.checkpoint.folder import complete_checkpoints
 from trainer.config import LogConfig
 from trainer.fault_tolerance.errors import Stopped, memory_error
 from trainer.fault_tolerance.signals import StopFlag
-from trainer.fault_tolerance.watchdog import Place, Watch, compare
+from trainer.fault_tolerance.watchdog import Place, Watchdog, compare
 from trainer.metrics import Reporter, read_lines
 from trainer.spikes import Spikes
 
@@ -116,18 +116,18 @@ def test_a_step_without_room_names_the_settings_that_help():
 
 def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
     """The limit of a file's size is to a process as a full disk."""
-    report = Reporter(tmp_path, LogConfig(wandb="disabled"), "full", True)
-    report.write("train", 1, loss=1.0)
+    reporter = Reporter(tmp_path, LogConfig(wandb="disabled"), "full", True)
+    reporter.write("train", 1, loss=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
     try:
         for step in (2, 3):
-            report.write("train", step, loss=1.0)
-        report.write_text(tmp_path / "samples" / "a.txt", "long " * 100)
-        report.event(3, "too long for what is left of the disk")
+            reporter.write("train", step, loss=1.0)
+        reporter.write_text(tmp_path / "samples" / "a.txt", "long " * 100)
+        reporter.event(3, "too long for what is left of the disk")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    report.write("train", 4, loss=1.0)
+    reporter.write("train", 4, loss=1.0)
     assert [x["step"] for x in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]  # and none of them torn
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
     out = capsys.readouterr().out
@@ -140,8 +140,8 @@ def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
 
 
-class Recorded(Watch):
-    """A watch whose process goes on."""
+class Recorded(Watchdog):
+    """A watchdog whose process goes on."""
 
     line = ""
 
@@ -155,19 +155,19 @@ def starting(tmp_path):
     """Two ranks' watches over a real store, in this process, before the first step."""
     store = dist.FileStore(str(tmp_path / "store"), 2)
     both = [Recorded(rank, 2, StopFlag(), 6, tmp_path / "run") for rank in (0, 1)]
-    for watch in both:
-        watch.mark("loading the checkpoint")
-        watch.begin(store)
+    for watchdog in both:
+        watchdog.mark("loading the checkpoint")
+        watchdog.begin(store)
     yield both
-    for watch in both:
-        watch.close()
+    for watchdog in both:
+        watchdog.close()
 
 
 @pytest.fixture
 def watches(starting):
     """The same, in their steps."""
-    for watch in starting:
-        watch.enter()
+    for watchdog in starting:
+        watchdog.enter()
     return starting
 
 
@@ -175,11 +175,11 @@ def watches(starting):
 def test_before_the_first_step_all_end_when_one_is_asked_to(starting, requeue, capfd):
     first, second = starting
     second.stop.asked, second.stop.requeue = True, requeue
-    for watch in starting:
-        assert fault_cases.wait_for(lambda watch=watch: watch._ended is not None)
+    for watchdog in starting:
+        assert fault_cases.wait_for(lambda watchdog=watchdog: watchdog._ended is not None)
         with pytest.raises(Stopped):
-            watch.mark("building the model")
-        assert isinstance(watch.verdict(LOST), Stopped)  # the other is gone already
+            watchdog.mark("building the model")
+        assert isinstance(watchdog.verdict(LOST), Stopped)  # the other is gone already
     assert capfd.readouterr().err == "stopped before the first step\n"
     assert (first.folder / "requeue").exists() == requeue
     with pytest.raises(Stopped):
@@ -241,9 +241,9 @@ def test_a_rank_that_hangs_is_named_by_the_others(watches):
     for phase in ("data", "forward"):
         first.mark(phase, 12)
     assert fault_cases.wait_for(lambda: first.line and second.line)
-    for watch in watches:
-        assert "no rank has moved for" in watch.line and "(run.timeout=6)" in watch.line
-        assert "behind: rank 1 (step 12, data" in watch.line and "waiting: rank 0 (step 12, forward" in watch.line
+    for watchdog in watches:
+        assert "no rank has moved for" in watchdog.line and "(run.timeout=6)" in watchdog.line
+        assert "behind: rank 1 (step 12, data" in watchdog.line and "waiting: rank 0 (step 12, forward" in watchdog.line
 
 
 def test_a_rank_that_is_slow_but_alive_is_waited_for(watches):
@@ -264,20 +264,20 @@ def at_work(monkeypatch):
 
 @pytest.mark.parametrize("phase, step", [("connecting", None), ("forward", 1), ("the step's message", 1)])
 def test_ranks_that_spin_in_their_first_messages_hang(starting, at_work, phase, step):
-    for watch in starting:
-        watch.mark(phase, step)
+    for watchdog in starting:
+        watchdog.mark(phase, step)
         if step:
-            watch.enter()
-    assert fault_cases.wait_for(lambda: all(watch.line for watch in starting), 30)
-    for watch in starting:
-        assert "no rank has moved for" in watch.line and "none is behind; waiting: ranks 0-1" in watch.line
+            watchdog.enter()
+    assert fault_cases.wait_for(lambda: all(watchdog.line for watchdog in starting), 30)
+    for watchdog in starting:
+        assert "no rank has moved for" in watchdog.line and "none is behind; waiting: ranks 0-1" in watchdog.line
 
 
 def test_a_model_that_takes_long_to_build_is_no_hang(starting, at_work):
-    for watch in starting:
-        watch.mark("building the model")
+    for watchdog in starting:
+        watchdog.mark("building the model")
     time.sleep(9)  # 1.5 times run.timeout
-    assert not any(watch.line for watch in starting)
+    assert not any(watchdog.line for watchdog in starting)
 
 
 def test_the_line_groups_ranks():

@@ -18,7 +18,7 @@ from trainer.checkpoint.load import load_model, weights_digest
 from trainer.evaluate import evaluate
 from trainer.generate import Sampling, generate
 from trainer.hub.export import Stored
-from trainer.hub.importer import Theirs, beginning
+from trainer.hub.importer import HFCheckpoint, initial_weights
 from trainer.hub.mapping import differences, pieces, to_llama
 from trainer.step import train_step
 
@@ -210,7 +210,7 @@ def test_weights_go_out_where_the_tokenizer_cannot(runs, tmp_path, capsys, monke
     monkeypatch.setattr("trainer.hub.export.export_tokenizer", cannot)
     out = export(runs / "plain", tmp_path / "out")
     assert "tokenizer.model, but no tokenizer.json: it cannot" in capsys.readouterr().out
-    assert (out / "tokenizer.model").exists() and Theirs(out).vocab_size == 320
+    assert (out / "tokenizer.model").exists() and HFCheckpoint(out).vocab_size == 320
 
 
 def test_an_existing_folder_is_refused_and_a_failure_leaves_nothing(runs, tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_what_went_out_comes_in_on_any_mesh(pool, runs, tmp_path, kind):
     """Bitwise, with the export's bias; each rank reads its own part. And so do our own checkpoints."""
     out = export(runs / kind, tmp_path / "out", "--shard-size", "30KB", "--batches", "none")
     want = weights_digest(load_model(runs / kind)[0])
-    theirs = Theirs(out)
+    theirs = HFCheckpoint(out)
     model = Transformer(theirs.model, theirs.vocab_size)
     model.init_weights(7)
     theirs.fill(model)
@@ -359,12 +359,12 @@ def test_a_folder_that_one_process_does_not_see_ends_all_of_them(pool, runs, cor
 def test_settings_that_change_what_is_computed_are_told(runs, tmp_path):
     out = export(runs / "plain", tmp_path / "out")
     model = load_model(runs / "plain")[2].model
-    assert beginning(str(out), model, 320).notes == [f"weights from {out}"]
+    assert initial_weights(str(out), model, 320).notes == [f"weights from {out}"]
     other = model.model_copy(update={"rope_theta": 5e5, "max_seq_len": 9, "dropout": 0.1})
-    notes = beginning(str(out), other, 320).notes
+    notes = initial_weights(str(out), other, 320).notes
     assert notes[1:] == [f"not as in {out}: model.rope_theta is 10000.0 there, 500000.0 here"]
     with pytest.raises(UserError, match="the vocabulary is 320 there, 300 in the corpus's tokenizer"):
-        beginning(str(out), model, 300)
+        initial_weights(str(out), model, 300)
 
 
 VISION = dict(
@@ -399,7 +399,7 @@ def test_the_text_part_of_a_multimodal_model_is_found(tmp_path):
     both = transformers.Llama4Config(text_config=to_llama(config, 37, 1, 2, "bfloat16"), vision_config=VISION)
     model = transformers.Llama4ForConditionalGeneration(both).bfloat16()
     model.save_pretrained(tmp_path)
-    theirs = Theirs(tmp_path)
+    theirs = HFCheckpoint(tmp_path)
     assert not differences(theirs.model, config) and theirs.vocab_size == 37
     ours = Transformer(theirs.model, 37)
     theirs.fill(ours)

@@ -14,7 +14,7 @@ from data.settings import UserError
 from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
 from trainer.hub.files import Entry, Folder, write_json, write_shards
-from trainer.hub.importer import Theirs
+from trainer.hub.importer import HFCheckpoint
 from trainer.hub.mapping import differences, from_llama, pieces, to_llama, whole_shapes
 
 SMALL = ModelConfig(dim=16, n_heads=4, n_kv_heads=2, n_layers=2, n_experts=3, expert_dim=12, ffn_dim=20, moe_every=2)
@@ -120,7 +120,7 @@ def test_a_folder_is_refused_that(good, tmp_path, how):
     folder = shutil.copytree(good, tmp_path / "out")
     broken(folder, change)
     with pytest.raises(UserError, match=re.escape(message)) as refusal:
-        theirs = Theirs(folder)
+        theirs = HFCheckpoint(folder)
         theirs.fill(Transformer(theirs.model, theirs.vocab_size))
     assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value)
 
@@ -131,7 +131,7 @@ def test_links_of_the_hubs_own_cache_are_followed(good, tmp_path):
     for number, path in enumerate(good.iterdir()):
         shutil.copy(path, blobs / str(number))
         os.symlink(f"../../blobs/{number}", snapshot / path.name)
-    assert Theirs(snapshot).vocab_size == 37
+    assert HFCheckpoint(snapshot).vocab_size == 37
 
 
 def test_no_pickle_and_no_code_is_run(good, tmp_path):
@@ -140,11 +140,11 @@ def test_no_pickle_and_no_code_is_run(good, tmp_path):
     code = f"open({str(trace)!r}, 'w').close()"
     (folder / "modeling_llama4_biased.py").write_text(code)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Run(code)))
-    Theirs(folder)
+    HFCheckpoint(folder)
     for path in folder.glob("model*"):
         path.unlink()
     with pytest.raises(UserError, match="model.safetensors: no such file"):
-        Theirs(folder)
+        HFCheckpoint(folder)
     assert not trace.exists()
 
 

@@ -14,10 +14,10 @@ import pytest
 from data.settings import UserError
 from tests.trainer import cases
 from trainer.fault_tolerance import run_lock as lock
-from trainer.fault_tolerance.run_lock import Lock, Lost
+from trainer.fault_tolerance.run_lock import LockLost, RunLock
 
-HOLD = "import sys, time; from pathlib import Path; from trainer.fault_tolerance.run_lock import Lock; "
-HOLD += "held = Lock(Path(sys.argv[1])); "
+HOLD = "import sys, time; from pathlib import Path; from trainer.fault_tolerance.run_lock import RunLock; "
+HOLD += "held = RunLock(Path(sys.argv[1])); "
 HOLD += "print(held.id, flush=True); time.sleep(600)"
 
 
@@ -53,10 +53,10 @@ def test_without_flocks_it_is_asked_whether_the_process_lives(tmp_path, holder, 
 
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
     with pytest.raises(UserError, match=f"process {holder.pid} on .* is training in it"):
-        Lock(tmp_path / "run")
+        RunLock(tmp_path / "run")
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    Lock(tmp_path / "run").release()
+    RunLock(tmp_path / "run").release()
 
 
 def foreign(folder: Path, age: float) -> Path:
@@ -71,7 +71,7 @@ def foreign(folder: Path, age: float) -> Path:
 def test_the_lease_of_another_host_is_waited_for_and_then_over(tmp_path):
     foreign(tmp_path / "run", lock.LEASE - 1.5)
     began = time.monotonic()
-    held = Lock(tmp_path / "run")
+    held = RunLock(tmp_path / "run")
     assert time.monotonic() - began > 0.5
     assert lock.read(tmp_path / "run" / "lock")["id"] == held.id
     held.release()
@@ -84,12 +84,12 @@ def test_a_lease_that_is_renewed_is_respected(tmp_path):
         subprocess.Popen([sys.executable, "-c", renew]),
         pytest.raises(UserError, match="process 1 on node7 is training"),
     ):
-        Lock(tmp_path / "run")
+        RunLock(tmp_path / "run")
 
 
 def test_it_is_renewed_while_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LEASE", 0.2)
-    held = Lock(tmp_path / "run")
+    held = RunLock(tmp_path / "run")
     os.utime(held.path, (0, 0))
     for _ in range(100):
         if held.path.stat().st_mtime > 0:
@@ -101,11 +101,11 @@ def test_it_is_renewed_while_it_is_held(tmp_path, monkeypatch):
 
 
 def test_who_lost_it_learns_and_leaves_the_others_alone(tmp_path):
-    held = Lock(tmp_path / "run")
+    held = RunLock(tmp_path / "run")
     held.check()
     other = {"id": "b", "host": "elsewhere", "name": "node7", "process": 2}
     held.path.write_text(json.dumps(other))
-    with pytest.raises(Lost, match="no longer this run's"):
+    with pytest.raises(LockLost, match="no longer this run's"):
         held.check()
     held.release()
     assert lock.read(held.path) == other
@@ -114,7 +114,7 @@ def test_who_lost_it_learns_and_leaves_the_others_alone(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory; the run folder cannot be written, .* set run.dir="):
-        Lock(tmp_path / "file" / "run")
+        RunLock(tmp_path / "file" / "run")
 
 
 def test_a_rank_that_sees_another_folder_is_named(pool, corpus_dir, tmp_path):

@@ -29,11 +29,11 @@ def test_resuming_cuts_torn_and_later_lines(tmp_path):
 
 
 def test_lines_without_a_terminal(tmp_path, capsys):
-    report = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", speaks=True)
-    report.start(0, 5, {})
+    reporter = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", speaks=True)
+    reporter.start(0, 5, {})
     for step in range(1, 6):
-        report.train(step, STEP)
-    report.close()
+        reporter.train(step, STEP)
+    reporter.close()
     out = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in out] == ["step 2/5", "step 4/5", "step 5/5"]
     assert out[0] == "step 2/5: loss 1.500, 1,234 tokens/s, lr 1.00e-03, 0:06 left"
@@ -44,22 +44,22 @@ def test_lines_without_a_terminal(tmp_path, capsys):
     ("speed", "shown"), [({"tflops": 306.7, "mfu": 0.31}, "31% MFU"), ({"tflops": 12.34}, "12.3 TFLOP/s")]
 )
 def test_a_line_of_a_run_on_a_gpu_shows_speed_and_memory(tmp_path, capsys, speed, shown):
-    report = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", speaks=True)
-    report.start(0, 5, {})
-    report.train(1, {**STEP, **speed, "memory_gib": 28.54, "memory_reserved_gib": 30.1})
-    report.train(2, {**STEP, "tflops": 0.01, "memory_gib": 0.4})
+    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", speaks=True)
+    reporter.start(0, 5, {})
+    reporter.train(1, {**STEP, **speed, "memory_gib": 28.54, "memory_reserved_gib": 30.1})
+    reporter.train(2, {**STEP, "tflops": 0.01, "memory_gib": 0.4})
     on_gpu, on_cpu = capsys.readouterr().out.splitlines()
     assert on_gpu == f"step 1/5: loss 1.500, 1,234 tokens/s, {shown}, 28.5 GiB, lr 1.00e-03, 0:08 left"
     assert on_cpu == "step 2/5: loss 1.500, 1,234 tokens/s, lr 1.00e-03, 0:06 left"
 
 
 def test_a_quiet_rank_writes_and_says_nothing(tmp_path, capsys):
-    report = Reporter(tmp_path, LogConfig(), "r", speaks=False)
-    report.start(0, 5, {})
-    report.train(1, STEP)
-    report.event(1, "x")
-    report.say("hello")
-    report.close()
+    reporter = Reporter(tmp_path, LogConfig(), "r", speaks=False)
+    reporter.start(0, 5, {})
+    reporter.train(1, STEP)
+    reporter.event(1, "x")
+    reporter.log("hello")
+    reporter.close()
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
@@ -98,10 +98,10 @@ def test_a_bar_on_a_terminal(tmp_path, no_color):
 
 def test_online_without_a_key_goes_offline_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    report = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", speaks=True)
-    report.start(0, 2, {"a": {"b": 1}})
-    report.train(1, STEP)
-    report.close()
+    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", speaks=True)
+    reporter.start(0, 2, {"a": {"b": 1}})
+    reporter.train(1, STEP)
+    reporter.close()
     captured = capsys.readouterr()
     assert captured.out.splitlines()[0].startswith("log.wandb=online: no WANDB_API_KEY")
     assert list(tmp_path.glob("wandb/offline-run-*")) and "wandb" not in captured.err
@@ -113,13 +113,13 @@ def test_the_loss_picture_and_the_list(tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text("")
     (tmp_path / "not a run").mkdir()
-    report = Reporter(run, LogConfig(wandb="disabled"), "one", speaks=True)
-    report.start(0, 3, {})
+    reporter = Reporter(run, LogConfig(wandb="disabled"), "one", speaks=True)
+    reporter.start(0, 3, {})
     for step in (1, 2, 3):
-        report.train(step, STEP | {"tokens": 10 * step})
-    report.write("eval", 3, loss=1.25, floor=1.0)
+        reporter.train(step, STEP | {"tokens": 10 * step})
+    reporter.write("eval", 3, loss=1.25, floor=1.0)
     assert list_runs(tmp_path).splitlines()[1].split() == ["one", "3/3", "1.5000", "1.2500", "not", "finished"]
-    report.event(3, "finished")
+    reporter.event(3, "finished")
     assert list_runs(tmp_path).splitlines()[1].endswith("  finished")
     assert plot_loss(run).read_bytes()[:4] == b"\x89PNG"
     assert Path(run / "loss.png").stat().st_size > 5000

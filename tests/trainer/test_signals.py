@@ -77,16 +77,16 @@ PAUSES = [(1, "the first message", []), (4, "evaluation", []), (70, "sampling", 
 def test_an_evaluation_and_a_sample_are_left_where_they_are(corpus_dir, tmp_path, monkeypatch, call, phase, lines):
     from trainer import loop
 
-    calls, plain = [], loop.pause
+    calls, plain = [], loop.raise_if_stopped
 
-    def pause(run):
-        calls.append(run.watch.place.phase)
+    def raise_if_stopped(run):
+        calls.append(run.watchdog.place.phase)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
             assert fault_cases.wait_for(lambda: run.stop.asked)
         plain(run)
 
-    monkeypatch.setattr(loop, "pause", pause)
+    monkeypatch.setattr(loop, "raise_if_stopped", raise_if_stopped)
     more = ["run.name=long", "train.steps=2", "eval.final=all", "train.micro_batch_size=1", "sample.max_new_tokens=30"]
     assert cases.run(corpus_dir, tmp_path, *more) == 0
     assert len(calls) == call and calls[-1] == phase

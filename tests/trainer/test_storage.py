@@ -37,9 +37,9 @@ def test_tensors_come_back_and_the_safetensors_library_reads_them(tmp_path_facto
     bytes_, tensors_ = small_blocks()
     with bytes_, tensors_:
         plan = layout.make_plan(tensors, None)
-        source = layout.Source(plan, tensors)
+        source = layout.ShardSource(plan, tensors)
         if staged:
-            source = layout.Image(source)
+            source = layout.StagingBuffer(source)
             source.begin()
             source.end()
         name = layout.file_name(0)
@@ -71,20 +71,20 @@ def test_any_box_of_a_stored_part_is_read_and_no_block_beyond_it(tmp_path_factor
     bytes_, tensors_ = small_blocks()
     with bytes_, tensors_:
         plan = layout.make_plan(whole, None)
-        record = block_io.write(folder / layout.file_name(0), plan.size, layout.Source(plan, whole).block)
+        record = block_io.write(folder / layout.file_name(0), plan.size, layout.ShardSource(plan, whole).block)
         _, begin, _, _ = plan.table["b"]["parts"][0]
         room = torch.zeros([n + 2 for n in lengths], dtype=dtype)
         to = room[tuple(slice(1, n + 1) for n in lengths)]
-        slabs = list(layout._slabs(begin, shape, offsets, to, dtype))
-        assert all(slab.stop - slab.first <= PAGE for slab in slabs)
+        regions = list(layout._regions(begin, shape, offsets, to, dtype))
+        assert all(region.stop - region.first <= PAGE for region in regions)
         content = (folder / layout.file_name(0)).read_bytes()
-        for slab in slabs:
-            part = torch.frombuffer(bytearray(content[slab.first : slab.stop]), dtype=dtype)
-            slab.to.copy_(part.as_strided(slab.to.shape, slab.strides))
-        windows = list(layout._windows(sorted(slabs, key=lambda s: s.first)))
+        for region in regions:
+            part = torch.frombuffer(bytearray(content[region.first : region.stop]), dtype=dtype)
+            region.to.copy_(part.as_strided(region.to.shape, region.strides))
+        windows = list(layout._windows(sorted(regions, key=lambda s: s.first)))
     assert torch.equal(to, whole["b"][tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))])
     assert int((room != 0).sum()) == int((to != 0).sum())
-    assert sum(map(len, windows)) == len(slabs) and len(record["crc32"]) == -(-len(content) // PAGE)
+    assert sum(map(len, windows)) == len(regions) and len(record["crc32"]) == -(-len(content) // PAGE)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -120,7 +120,7 @@ def test_what_changes_after_the_end_of_the_copy_is_not_in_it(tmp_path):
     bytes_, tensors_ = small_blocks()
     with bytes_, tensors_:
         plan = layout.make_plan(tensors, None)
-        image = layout.Image(layout.Source(plan, tensors))
+        image = layout.StagingBuffer(layout.ShardSource(plan, tensors))
         for number in range(2):  # the second time over the first
             image.begin()
             image.end()

@@ -45,7 +45,7 @@ CHANGES = [  # another value -> other weights after five steps
     "data.seq_len=16",
     "data.pack=false",
 ]
-SAME = ["train.micro_batch_size=3", "train.recompute=selective", "train.recompute=full", "train.reduce=every"]
+HF_CONFIG_KEYS = ["train.micro_batch_size=3", "train.recompute=selective", "train.recompute=full", "train.reduce=every"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_each_switch_changes_what_is_learned(corpus_dir, plain, word):
     assert farthest(weights, plain[1]) > 1e-7
 
 
-@pytest.mark.parametrize("word", SAME)
+@pytest.mark.parametrize("word", HF_CONFIG_KEYS)
 def test_what_only_saves_memory_changes_nothing(corpus_dir, plain, word):
     told, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
     assert farthest(weights, plain[1]) < 1e-12

@@ -54,7 +54,7 @@ def whole_pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-class Batch:
+class WorkItems:
     """Calls on items, in order, that any number of threads do together; each of them by `finish`."""
 
     def __init__(self, call: Callable[..., Any], *items: Iterable[Any]) -> None:
@@ -87,27 +87,27 @@ class Batch:
                     self._changed.notify_all()
 
 
-class Crew:
+class WorkQueue:
     """Runs batches one after the other, and lets other threads lend a hand with the present one."""
 
-    _batch: Batch | None = None
+    _batch: WorkItems | None = None
     _given_up = False
 
     def run(self, call: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
-        """`list(map(call, *items))`, or after `give_up` soon an OSError."""
+        """`list(map(call, *items))`, or after `cancel` soon an OSError."""
 
         def one(*item: Any) -> Any:
             if self._given_up:
                 raise InterruptedError("given up")
             return call(*item)
 
-        self._batch = Batch(one, *items)
+        self._batch = WorkItems(one, *items)
         return self._batch.finish()
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         self._given_up = True
 
-    def lend(self, until: Future[Any]) -> None:
+    def help(self, until: Future[Any]) -> None:
         """Work along until `until` is done."""
         while not until.done():
             if self._batch is not None:
@@ -116,13 +116,13 @@ class Crew:
             wait([until], timeout=0.01)  # between two batches
 
 
-def write(path: Path, size: int, block: Callable[[int], memoryview], crew: Crew | None = None) -> Record:
+def write(path: Path, size: int, block: Callable[[int], memoryview], queue: WorkQueue | None = None) -> Record:
     """Write a file of `size` bytes, flush it, read it back, compare, and return its record.
 
     `block(start)` gives the bytes from there on, up to BLOCK of them, and as many more as fill a page; it is asked
     twice for each. Raises OSError, as for a full disk, and Damaged when other bytes come back.
     """
-    crew, starts, buffers = crew or Crew(), range(0, size, BLOCK), Buffers()
+    queue, starts, buffers = queue or WorkQueue(), range(0, size, BLOCK), Buffers()
     handle, direct = _open_new(path, size)
 
     def put(start: int) -> int:
@@ -138,12 +138,12 @@ def write(path: Path, size: int, block: Callable[[int], memoryview], crew: Crew 
             raise Damaged(f"{path.name}: the disk gives back other bytes at {start:,}")
 
     try:
-        checksums = crew.run(put, starts)
+        checksums = queue.run(put, starts)
         os.ftruncate(handle, size)
         os.fsync(handle)
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        crew.run(check, starts)
+        queue.run(check, starts)
     finally:
         os.close(handle)
     return {"size": size, "crc32": checksums}

@@ -3,7 +3,8 @@
 torch.distributed.checkpoint plans which rank writes which part of a tensor, and which stored parts a rank needs for its
 own, so that what any mesh wrote any other can read; `blocks.py` moves the bytes.
 1. `make_plan`: once a run. Each rank writes one file: a header, weights, and the optimizer's state.
-2. `Source` gives the bytes of that file out of the live tensors: a save streams them, or stages them in an `Image`.
+2. `ShardSource` gives the bytes of that file out of the live tensors: a save streams them, or stages them in a
+   `StagingBuffer`.
 3. `read`: the blocks that a rank needs are read, checked, and copied into its tensors.
 """
 
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 from parallel import collectives
 from parallel.fsdp import local
 from trainer.checkpoint import block_io
-from trainer.checkpoint.block_io import BLOCK, Batch, Buffers, Damaged, Record
+from trainer.checkpoint.block_io import BLOCK, Buffers, Damaged, Record, WorkItems
 
 WINDOW = 8  # blocks that are read at once
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -103,7 +104,7 @@ def _note(table: Table, rank: int, items: Sequence[WriteItem]) -> None:
         table.setdefault(name, whole)["parts"].append(here)
 
 
-class Source:
+class ShardSource:
     """The bytes of this rank's file, out of its tensors as they are at the moment."""
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
@@ -156,18 +157,18 @@ def lock_pages(memory: Tensor, device: torch.device) -> str | None:
     return None
 
 
-class Image:
+class StagingBuffer:
     """A staged copy of a source, in memory that serves every save; its pages are touched here, and locked for CUDA.
 
     After `begin` nothing may change a tensor until `end`. What does not, a forward and a backward, can run between
     them, and meanwhile the writer's thread copies, by `help`; `end` copies what is left.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ShardSource) -> None:
         self.source = source
         self._memory = block_io.pages(source.size)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).zero_()
-        self._copies = Batch(self._copy)
+        self._copies = WorkItems(self._copy)
         self._stream = None
         self.not_locked: str | None = None  # why the memory could not be locked
         if source.device.type == "cuda":
@@ -176,7 +177,7 @@ class Image:
 
     def begin(self) -> None:
         if self._stream is None:
-            self._copies = Batch(self._copy, range(0, self.source.size, BLOCK))
+            self._copies = WorkItems(self._copy, range(0, self.source.size, BLOCK))
         else:  # behind the kernels that are under way
             self._stream.wait_stream(torch.cuda.current_stream(self.source.device))
             with torch.cuda.stream(self._stream):
@@ -203,7 +204,7 @@ class Image:
 
 
 @dataclass
-class Slab:
+class Region:
     """A box of a stored part that spans no more bytes than a block has, and the tensor it goes to."""
 
     first: int  # byte of the file
@@ -219,30 +220,30 @@ def read(folder: Path, files: Mapping[str, Record], table: Table, tensors: Mappi
     Raises Damaged on the first file or block that is not what was written.
     """
     jobs = []
-    for rank, slabs in _needed(table, tensors).items():
+    for rank, regions in _needed(table, tensors).items():
         name = file_name(rank)
         if name not in files:
             raise Damaged(f"{name} is not in the manifest")
         block_io.check_file(folder / name, files[name])
-        jobs += [(name, window) for window in _windows(sorted(slabs, key=lambda slab: slab.first))]
+        jobs += [(name, window) for window in _windows(sorted(regions, key=lambda region: region.first))]
     buffers = Buffers(WINDOW * BLOCK)
 
-    def fill(job: tuple[str, list[Slab]]) -> None:
+    def fill(job: tuple[str, list[Region]]) -> None:
         name, window = job
-        first, stop = window[0].first // BLOCK, -(-max(slab.stop for slab in window) // BLOCK)
+        first, stop = window[0].first // BLOCK, -(-max(region.stop for region in window) // BLOCK)
         block_io.read(folder / name, files[name], first, stop, buffers.get())
         content = torch.frombuffer(buffers.get(), dtype=torch.uint8)
-        for slab in window:
-            part = content[slab.first - first * BLOCK : slab.stop - first * BLOCK].view(slab.dtype)
-            slab.to.copy_(part.as_strided(slab.to.shape, slab.strides))
+        for region in window:
+            part = content[region.first - first * BLOCK : region.stop - first * BLOCK].view(region.dtype)
+            region.to.copy_(part.as_strided(region.to.shape, region.strides))
 
-    batch = Batch(fill, jobs)
+    batch = WorkItems(fill, jobs)
     with ThreadPoolExecutor(1) as helper:
         helper.submit(batch.finish)
         batch.finish()
 
 
-def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Slab]]:
+def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Region]]:
     """What this rank needs of the file of each rank."""
     metadata = Metadata(
         {
@@ -257,43 +258,45 @@ def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Slab]
     )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), metadata)
-    needed: dict[int, list[Slab]] = {}
+    needed: dict[int, list[Region]] = {}
     for item in planner.create_local_plan().items:
         stored, number = table[item.storage_index.fqn], item.storage_index.index
         assert number is not None
         rank, begin, _, shape = stored["parts"][number]
         to = planner.resolve_tensor(item).detach()
-        slabs = _slabs(begin, shape, item.storage_offsets, to, DTYPES[stored["dtype"]])
-        needed.setdefault(rank, []).extend(slabs)
+        regions = _regions(begin, shape, item.storage_offsets, to, DTYPES[stored["dtype"]])
+        needed.setdefault(rank, []).extend(regions)
     return needed
 
 
-def _slabs(begin: int, shape: Sequence[int], offsets: Sequence[int], to: Tensor, dtype: torch.dtype) -> Iterator[Slab]:
-    """The box at `offsets` of a stored part of `shape`, which begins at byte `begin`, cut into slabs."""
+def _regions(
+    begin: int, shape: Sequence[int], offsets: Sequence[int], to: Tensor, dtype: torch.dtype
+) -> Iterator[Region]:
+    """The box at `offsets` of a stored part of `shape`, which begins at byte `begin`, cut into regions."""
     if not to.numel():
         return
     strides = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
     first = begin + dtype.itemsize * sum(o * s for o, s in zip(offsets, strides, strict=True))
     span = dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(to.shape, strides, strict=True)))
     if span <= BLOCK:
-        yield Slab(first, first + span, dtype, strides, to)
+        yield Region(first, first + span, dtype, strides, to)
         return
     dim = next(d for d, n in enumerate(to.shape) if n > 1)
     step = max(1, to.shape[dim] * BLOCK // span)
     for at in range(0, to.shape[dim], step):
         inside = [o + (at if d == dim else 0) for d, o in enumerate(offsets)]
-        yield from _slabs(begin, shape, inside, to.narrow(dim, at, min(step, to.shape[dim] - at)), dtype)
+        yield from _regions(begin, shape, inside, to.narrow(dim, at, min(step, to.shape[dim] - at)), dtype)
 
 
-def _windows(slabs: Sequence[Slab]) -> Iterator[list[Slab]]:
+def _windows(regions: Sequence[Region]) -> Iterator[list[Region]]:
     """Slabs, which are in order, by windows of at most WINDOW blocks."""
-    window: list[Slab] = []
+    window: list[Region] = []
     stop = 0
-    for slab in slabs:
-        stop = max(stop, slab.stop)
+    for region in regions:
+        stop = max(stop, region.stop)
         if window and -(-stop // BLOCK) - window[0].first // BLOCK > WINDOW:
             yield window
-            window, stop = [], slab.stop
-        window.append(slab)
+            window, stop = [], region.stop
+        window.append(region)
     if window:
         yield window

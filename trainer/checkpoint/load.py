@@ -15,7 +15,7 @@ from model.moe import Router
 from model.transformer import Transformer
 from parallel import collectives
 from parallel.build import build_model
-from parallel.experts import logical
+from parallel.experts import as_global_dtensor
 from trainer import machine
 from trainer.checkpoint import block_io, layout
 from trainer.checkpoint.folder import TOKENIZER, Checkpoint, newest_checkpoint, none_usable, resolve_checkpoint
@@ -27,9 +27,9 @@ def checkpoint_tensors(model: Transformer, optimizer: torch.optim.Optimizer | No
     """All that a checkpoint holds, by name: views of the live tensors, so that loading into them sets them."""
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        named[name] = logical(model, name, parameter.detach())
+        named[name] = as_global_dtensor(model, name, parameter.detach())
         for key, value in optimizer.state[parameter].items() if optimizer is not None else ():
-            named[f"optim.{key}.{name}"] = logical(model, name, value) if value.ndim else value
+            named[f"optim.{key}.{name}"] = as_global_dtensor(model, name, value) if value.ndim else value
     named.update({name: b for name, b in model.named_buffers()})
     return named
 

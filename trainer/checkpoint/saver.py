@@ -27,7 +27,7 @@ from trainer.checkpoint import block_io, layout
 from trainer.checkpoint.block_io import Damaged, Record
 from trainer.checkpoint.folder import FORMAT, TOKENIZER, prune_checkpoints, publish_checkpoint, write_manifest
 from trainer.config import CheckpointConfig
-from trainer.fault_tolerance.run_lock import Lock, Lost
+from trainer.fault_tolerance.run_lock import LockLost, RunLock
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Saver:
         tensors: Mapping[str, Tensor],
         tokenizer: Path,
         config: CheckpointConfig,
-        lock: Lock | None = None,
+        lock: RunLock | None = None,
         tell: Callable[[int, float, str | None], None] = lambda step, seconds, why: None,
     ) -> None:
         self.folder, self.tokenizer, self.config, self.lock, self.tell = folder, tokenizer, config, lock, tell
@@ -63,13 +63,13 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.plan = layout.make_plan(tensors, self.group)
         self._table = json.dumps(self.plan.table)  # takes a while, and stays the same
-        self.source = layout.Source(self.plan, tensors)
-        self.image = layout.Image(self.source) if config.async_save else None
+        self.source = layout.ShardSource(self.plan, tensors)
+        self.image = layout.StagingBuffer(self.source) if config.async_save else None
         self.mark = collectives.broadcast(lock.id if lock is not None else "0", self.group)
         self.pending: Save | None = None
         self.newest: int | None = None  # the step of the last that was published
         self.failed = False  # the last save
-        self._crew = block_io.Crew()
+        self._queue = block_io.WorkQueue()
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority if config.async_save else None)
 
     def save(self, step: int, fields: Mapping[str, Any], wait: bool = False) -> None:
@@ -83,19 +83,19 @@ class Saver:
         if image is None:
             self.finish()
 
-    def _write(self, partial: Path, image: layout.Image | None) -> dict[str, Record]:
+    def _write(self, partial: Path, image: layout.StagingBuffer | None) -> dict[str, Record]:
         files = {}
         if image is not None:
             image.help()
         partial.mkdir(parents=True, exist_ok=True)
         if self.plan.begins:
             path, source = partial / layout.file_name(self.rank), image or self.source
-            files[path.name] = block_io.write(path, self.plan.size, source.block, self._crew)
+            files[path.name] = block_io.write(path, self.plan.size, source.block, self._queue)
         if self.rank == 0:
             files[TOKENIZER] = block_io.write_small(partial / TOKENIZER, self.tokenizer.read_bytes())
         return files
 
-    def before_change(self) -> None:
+    def wait_for_staging(self) -> None:
         """To be called before any tensor changes: ends the staged copy."""
         if self.pending is not None and self.image is not None:
             self.image.end()
@@ -106,26 +106,26 @@ class Saver:
         return self.pending is not None and (self.pending.published or self.pending.files).done()
 
     def finish(self) -> None:
-        """Publish what is pending, or drop it if it failed on any rank; waits for it. Raises Lost."""
+        """Publish what is pending, or drop it if it failed on any rank; waits for it. Raises LockLost."""
         while self.pending is not None:
-            self.advance()
+            self.poll()
 
-    def advance(self) -> None:
+    def poll(self) -> None:
         """From written to being published, or from that to known by all. Waits for all ranks to be ready."""
         save = self.pending
         assert save is not None
         if save.published is None:
-            self.before_change()
-            self._crew.lend(save.files)
+            self.wait_for_staging()
+            self._queue.help(save.files)
             error = save.files.exception()
             everyone = collectives.gather(({}, _reason(error)) if error else (save.files.result(), None), self.group)
             save.published = self._thread.submit(self._publish, save, everyone)
             return
         self.pending = None
         error = save.published.exception()
-        why, lost = collectives.broadcast((_reason(error) if error else None, isinstance(error, Lost)), self.group)
+        why, lost = collectives.broadcast((_reason(error) if error else None, isinstance(error, LockLost)), self.group)
         if lost:
-            raise Lost(why)
+            raise LockLost(why)
         self.failed = why is not None
         if not self.failed:
             self.newest = save.step
@@ -152,7 +152,7 @@ class Saver:
 
     def close(self) -> None:
         """Give up what is still being written."""
-        self._crew.give_up()
+        self._queue.cancel()
         self._thread.shutdown()
 
 

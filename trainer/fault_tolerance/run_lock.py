@@ -22,11 +22,11 @@ LEASE = 60.0  # seconds without renewal after which another host's run counts as
 PATIENCE = 3.0  # seconds that a killed process may take to be gone
 
 
-class Lost(UserError):
+class LockLost(UserError):
     """Another run has taken the folder over."""
 
 
-class Lock:
+class RunLock:
     """Held from creation to `release`. Raises UserError in one line where another run lives, or nothing can be written.
 
     Another host's run is waited for: for less than a minute, until its lease ends or is renewed.
@@ -106,9 +106,11 @@ class Lock:
                 pass
 
     def check(self) -> None:
-        """Raises Lost unless the folder is still this run's."""
+        """Raises LockLost unless the folder is still this run's."""
         if read(self.path).get("id") != self.id:
-            raise Lost(f"{self.path}: no longer this run's, another took it over or removed it; this one saves no more")
+            raise LockLost(
+                f"{self.path}: no longer this run's, another took it over or removed it; this one saves no more"
+            )
 
     def release(self) -> None:
         """Leave the folder to the next run, of any host."""

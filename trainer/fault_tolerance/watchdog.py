@@ -65,7 +65,7 @@ class Seen:
 
 
 @dataclass
-class Watch:
+class Watchdog:
     """Of one rank. Before `begin` it only remembers the place; without a store it sees to signals at the start."""
 
     rank: int = 0
@@ -79,7 +79,7 @@ class Watch:
         self._store: Store | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._running = False  # from the first step on, steps carry the wish to stop
+        self._running = False  # from the first step on, steps carry the request to stop
         self._ended: Stopped | None = None  # before the first step
         self._clock = self._idle = self._read_at = 0.0  # seconds: watched, without a mark, at the last reading
         self._seen: dict[int, Seen] = {}

@@ -60,7 +60,7 @@ class Stored:
             raise UserError(f"{self.path}: {error}") from None
         return tensor
 
-    def beyond_plain(self) -> list[str]:
+    def not_expressible(self) -> list[str]:
         """What plain Llama 4 has no place for."""
         c, reasons = self.config, []
         if any(bool(self.read(f"blocks.{i}.feed_forward.router.bias").any()) for i in c.moe_layers):
@@ -83,7 +83,7 @@ def export(
     if out.exists():
         raise UserError(f"--out {out}: exists; give another, or remove it")
     stored = Stored(source)
-    reasons = stored.beyond_plain()
+    reasons = stored.not_expressible()
     if plain and not stored.config.shared_expert:
         raise UserError("--plain: Llama 4 has a shared expert beside the others, and this model has none")
     partial = out.with_name(f".{out.name}.partial")

@@ -30,20 +30,20 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitialWeights:
     """Weights that a run begins with: what is to be said of them, and what puts them into its model."""
 
     notes: list[str]
     fill: Callable[[Transformer], object]
 
 
-def beginning(where: str, config: ModelConfig, vocab_size: int) -> Beginning:
+def initial_weights(where: str, config: ModelConfig, vocab_size: int) -> InitialWeights:
     """What `train.init_from` names: a folder in their layout, a checkpoint, or a run's newest. Raises UserError."""
     path, key = Path(where), f"train.init_from={where}"
     fill: Callable[[Transformer], object]
     try:
         if (path / CONFIG).is_file():
-            theirs = Theirs(path)
+            theirs = HFCheckpoint(path)
             there, size, fill = theirs.model, theirs.vocab_size, theirs.fill
         else:
             found, _ = resolve_checkpoint(path)
@@ -58,10 +58,10 @@ def beginning(where: str, config: ModelConfig, vocab_size: int) -> Beginning:
         if size != vocab_size:
             other.insert(0, f"the vocabulary is {size} there, {vocab_size} in the corpus's tokenizer")
         raise UserError(f"{key}: another model ({'; '.join(other)})")
-    return Beginning([f"weights from {where}", *(f"not as in {where}: {each}" for each in other)], fill)
+    return InitialWeights([f"weights from {where}", *(f"not as in {where}: {each}" for each in other)], fill)
 
 
-class Theirs:
+class HFCheckpoint:
     """A folder in their layout, which fits its config. Raises UserError where it does not."""
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +110,7 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
     """
     if out.exists():
         raise UserError(f"--out {out}: exists; give another, or remove it")
-    theirs = Theirs(source)
+    theirs = HFCheckpoint(source)
     path = tokenizer or source / TOKENIZER
     if tokenizer is None and not path.is_file():
         raise UserError(f"{path}: no such file; give --tokenizer, a sentencepiece model of {theirs.vocab_size} pieces")

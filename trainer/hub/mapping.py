@@ -18,7 +18,7 @@ PLAIN_TYPE, OURS_TYPE = "llama4_text", "llama4_text_biased"
 MODELING = "modeling_llama4_biased"  # the module that holds OURS
 
 # Settings under another name there; the rest is in `to_llama` and `from_llama`.
-SAME = {
+HF_CONFIG_KEYS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -63,7 +63,7 @@ DEFAULTS: dict[str, Any] = {
 }
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Settings that say nothing of what the trained model computes.
-OF_TRAINING = {
+TRAINING_ONLY_KEYS = {
     "max_seq_len",
     "dropout",
     "attention_dropout",
@@ -152,7 +152,7 @@ def to_llama(
         "dtype": dtype,
         "torch_dtype": dtype,
         "vocab_size": vocab_size,
-        **{theirs: given[ours] for ours, theirs in SAME.items()},
+        **{theirs: given[ours] for ours, theirs in HF_CONFIG_KEYS.items()},
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": c.attention_dropout,
@@ -207,7 +207,7 @@ def from_llama(given: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
     rope = _wholes(text.get("no_rope_layers"), f"{where}: no_rope_layers")
     rope = rope[:n_layers] if rope else [int(interval == 0 or (i + 1) % interval != 0) for i in layers]
     nope = [i for i, uses in enumerate(rope) if not uses]
-    values: dict[str, Any] = {ours: text[theirs] for ours, theirs in SAME.items()}
+    values: dict[str, Any] = {ours: text[theirs] for ours, theirs in HF_CONFIG_KEYS.items()}
     values |= {
         "moe_every": moe[0] + 1 if moe else 0,
         "nope_every": nope[0] + 1 if nope else 0,
@@ -256,7 +256,7 @@ def differences(there: ModelConfig, here: ModelConfig) -> list[str]:
     """`model.key is A there, B here` for each setting in which two models compute something else."""
 
     def resolved(config: ModelConfig) -> dict[str, Any]:
-        values = {key: value for key, value in config.model_dump().items() if key not in OF_TRAINING}
+        values = {key: value for key, value in config.model_dump().items() if key not in TRAINING_ONLY_KEYS}
         del values["moe_every"], values["nope_every"]
         rope = [i for i in range(config.n_layers) if not config.uses_rope(i)]
         return {

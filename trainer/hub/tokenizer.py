@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.settings import UserError
-from data.tokenizer import BLANK_MARK, Tokenizer, write_aside
+from data.tokenizer import BLANK_MARK, Tokenizer, write_atomic
 
 if TYPE_CHECKING:
     import tokenizers
@@ -53,9 +53,9 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Non
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
     }
-    write_aside(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
-    write_aside(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_aside(folder / "tokenizer.model", tokenizer.path.read_bytes())
+    write_atomic(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
+    write_atomic(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_atomic(folder / "tokenizer.model", tokenizer.path.read_bytes())
 
 
 def convert(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":

@@ -211,7 +211,7 @@ def one_rank_world(device: torch.device, port: int = 29511) -> Iterator[Mesh]:
     )
     try:
         dense = init_device_mesh(device.type, (1,), mesh_dim_names=("shard",))
-        yield Mesh(Degrees(1, 1, 1), dense, dense._unflatten(0, (1, 1), ("rest", "expert")))
+        yield Mesh(Degrees(1, 1, 1), dense, dense._unflatten(0, (1, 1), ("expert_shard", "expert")))
     finally:
         dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.loader import Share
+from data.loader import BatchLayout
 from parallel import mesh
 from parallel.mesh import World
 from tests.gpu.sim import counts
@@ -30,7 +30,7 @@ class Case:
         config = read_config(self.path, list(self.words))
         p, ranks = config.parallel, self.machine.ranks
         degrees = mesh.degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
-        share = Share(config.train.global_batch_size, config.train.micro_batch_size, ranks)
+        share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, ranks)
         return memory_needed(config, config.data.vocab_size, self.dtype, degrees, share)
 
     def record(self, simulation: Simulation, name: str) -> counts.Recording:

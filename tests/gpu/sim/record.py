@@ -1,6 +1,6 @@
 """Records a few steps of a run on simulated GPUs by phase, on rank 0, and ends the run: what counts.py prints.
 
-The phases are those that the trainer names to its watch. The last step runs under the roofline's mode, unless
+The phases are those that the trainer names to its watchdog. The last step runs under the roofline's mode, unless
 SIM_ROOFLINE=0 leaves it out; the one before it gives the counts; those before that warm up, so that nothing is compiled
 or allocated for the first time.
 """
@@ -17,7 +17,7 @@ import torch
 
 from tests.gpu.sim import report
 from tests.gpu.sim.roofline import Roofline
-from trainer.fault_tolerance.watchdog import Watch
+from trainer.fault_tolerance.watchdog import Watchdog
 
 STEPS = 4  # of the run: train.steps
 COUNTED, LAST = 3, 4
@@ -41,11 +41,11 @@ class Recorder:
         import torch._inductor.config as inductor
 
         inductor.benchmark_combo_kernel = True
-        kind: Any = Watch
+        kind: Any = Watchdog
         mark = kind.mark
 
-        def heard(watch: Watch, phase: str, step: int | None = None) -> None:
-            mark(watch, phase, step)
+        def heard(watchdog: Watchdog, phase: str, step: int | None = None) -> None:
+            mark(watchdog, phase, step)
             self.hear(phase, step)
 
         kind.mark = heard

@@ -92,7 +92,7 @@ def _give_segments_to_groups() -> None:
 
 def _stage_one_rank_at_a_time() -> None:
     """The staging memory of a save is filled with zeros, and given back when it is locked: see cudaHostRegister."""
-    kind: Any = trainer.checkpoint.layout.Image
+    kind: Any = trainer.checkpoint.layout.StagingBuffer
     folder = os.environ.get("SIM_GPU_FOLDER")
     init = kind.__init__
 

@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tests.trainer.lives import PATIENCE, Life, life, processes, torchrun
+from tests.support.launched_runs import PATIENCE, Life, life, processes, torchrun
 
 SAVE, EVALUATE = 3, 5  # steps between checkpoints, and between evaluations
 STEPS = 2 * SAVE  # of the run, for each kill: more than a life gets done that is killed

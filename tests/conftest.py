@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pool import Pool
+from tests.support.pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
-"""The run: one state object, one loop.
+"""The loop of a run: steps, with evaluations, samples and checkpoints between them, and the end of the run.
 
-Starting the same command again goes on from the newest checkpoint as if never stopped. `start.py` makes the run ready,
-`step.py` is one optimizer step; here they follow one another, with evaluations, samples and checkpoints between. A
-request to stop is agreed on in each step's message, and between the batches of an evaluation; `watch.py` sees to it that nobody
-waits for a rank that does not come.
+Starting the same command again resumes from the newest checkpoint as if the run had never stopped. `startup.py` makes
+the run ready, and `step.py` is one optimizer step. All ranks agree on a request to stop in each step's message, and
+between the batches of an evaluation. `fault_tolerance/watchdog.py` ends the run if a rank does not respond.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """One optimizer step.
 
-The loader's micro-batches go forward and backward, gradients are reduced on the last; one message sums norm, loss,
-loads and the request to stop over all ranks; then come the clip, AdamW, the balance bias and the metrics. The step marks
-its phases in `run.watchdog`, so that a rank that hangs can be told from those that wait for it.
+The loader's micro-batches go forward and backward, and gradients are reduced on the last one. One message sums norm,
+loss, loads and the request to stop over all ranks. Then come the clip, AdamW, the balance bias and the metrics. The
+step marks its phases in `run.watchdog`, so that a rank that hangs can be told from those that wait for it.
 """
 
 import math

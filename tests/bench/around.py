@@ -19,7 +19,7 @@ from model.attention import Attention, Places
 from model.config import ModelConfig
 from model.loss import linear_cross_entropy
 from tests.bench.harness import Figure, figure, in_turns, peak, reset_peak
-from tests.pool import Pool
+from tests.support.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, VOCAB, DIM = 8192, 32_000, 256

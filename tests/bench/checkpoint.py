@@ -20,7 +20,7 @@ from parallel import collectives, gradients, mesh
 from parallel.build import build_model
 from parallel.mesh import World
 from tests.bench.harness import Figure, figure, peak, reset_peak
-from tests.pool import Pool
+from tests.support.pool import Pool
 from trainer.checkpoint.folder import open_checkpoint
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver

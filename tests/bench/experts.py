@@ -13,7 +13,7 @@ from parallel import mesh
 from parallel.build import build_model
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
-from tests.pool import Pool
+from tests.support.pool import Pool
 from trainer.machine import keep_freed_memory
 
 TOKENS = 2048

@@ -13,7 +13,7 @@ from model.precision import weights_unchanged
 from parallel.build import build_model
 from tests.bench import floor
 from tests.bench.harness import Figure, figure, in_turns
-from tests.pool import Pool
+from tests.support.pool import Pool
 from trainer.config import TrainConfig
 from trainer.machine import bf16_pays, keep_freed_memory
 from trainer.optimizer import make_optimizer

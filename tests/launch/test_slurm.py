@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from data.settings import load_file
-from tests.launch.slurm import ROOT, NoSlurm, Slurm, cluster
-from tests.trainer import cases
+from tests.support import run_cases as cases
+from tests.support.slurm import ROOT, NoSlurm, Slurm, cluster
 from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from model.attention import rope_frequencies
 from model.config import ModelConfig, RopeScaling
 from model.moe import Router
 from model.transformer import Transformer
-from tests.trainer.cases import narrowest
+from tests.support.run_cases import narrowest
 from trainer.hub.mapping import pieces, to_llama
 
 transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")

@@ -22,4 +22,4 @@ def test_compiled_parts_agree_and_are_compiled_once(pool, world, keys):
         assert graphs == (12, 12) and not broken
 
 
-CASE = "tests.parallel.cases:compiled"
+CASE = "tests.support.parallel_cases:compiled"

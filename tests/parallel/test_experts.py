@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.experts import ExpertPlacement
-from tests.parallel import cases
+from tests.support import parallel_cases as cases
 
-CASES = "tests.parallel.cases:"
+CASES = "tests.support.parallel_cases:"
 
 
 @given(st.integers(1, 200), st.integers(1, 64))

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.parallel import cases
+from tests.support import parallel_cases as cases
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def alone(monkeypatch):
 def test_initial_weights_are_bitwise_the_same_at_any_world(pool, keys):
     want = cases.initial_digest(**keys)
     for world in (2, 3):
-        assert set(pool.run(world, "tests.parallel.cases:initial_digest", **keys)) == {want}
+        assert set(pool.run(world, "tests.support.parallel_cases:initial_digest", **keys)) == {want}
     assert cases.initial_digest(**{**keys, "n_experts": 6}) != want
 
 
@@ -42,7 +42,7 @@ CASES = [
 def test_gradients_equal_those_of_one_process(pool, world, keys):
     model_keys = {k: v for k, v in keys.items() if k not in ("replicate", "small", "expert", "overlap", "recompute")}
     want = cases.one_step(**model_keys)
-    for got in pool.run(world, "tests.parallel.cases:one_step", **keys):
+    for got in pool.run(world, "tests.support.parallel_cases:one_step", **keys):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
         assert got["norm"] == pytest.approx(want["norm"], rel=1e-5)
         for name, grad in want["grads"].items():
@@ -50,24 +50,24 @@ def test_gradients_equal_those_of_one_process(pool, world, keys):
 
 
 def test_norm_is_bitwise_the_same_on_all_ranks(pool):
-    assert len({got["norm"] for got in pool.run(3, "tests.parallel.cases:one_step")}) == 1
+    assert len({got["norm"] for got in pool.run(3, "tests.support.parallel_cases:one_step")}) == 1
 
 
 @pytest.mark.parametrize("keys", [{}, {"expert": 2}, {"expert": 2, "recompute": "full"}])
 def test_router_stays_fp32_under_bf16(pool, keys):
     want = dict(weight="torch.float32", scores="torch.float32", experts="torch.bfloat16", rows="torch.bfloat16")
-    for seen in pool.run(2, "tests.parallel.cases:router_dtypes", **keys):
+    for seen in pool.run(2, "tests.support.parallel_cases:router_dtypes", **keys):
         assert seen == {**want, "loss": "torch.float32", "grad": "torch.float32"}
 
 
 @pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}, {"small": 1 << 30}])
 def test_gathered_weights_are_given_back(pool, keys):
-    for sharded, equal, trains in pool.run(2, "tests.parallel.cases:gathered_leaves_the_model_sharded", **keys):
+    for sharded, equal, trains in pool.run(2, "tests.support.parallel_cases:gathered_leaves_the_model_sharded", **keys):
         assert sharded and equal and trains
 
 
 def test_rank_0_decides_where_minds_differ(pool):
-    assert pool.run(3, "tests.parallel.cases:agreed") == [(True, False)] * 3
+    assert pool.run(3, "tests.support.parallel_cases:agreed") == [(True, False)] * 3
 
 
 def test_gradient_is_that_of_the_mean_over_real_tokens():

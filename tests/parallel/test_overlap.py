@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.parallel import hosts
+from tests.support import two_hosts as hosts
 
 LEGS = ["out", "home", "backward home", "backward out"]
 
@@ -20,7 +20,7 @@ def test_transfers_hide_behind_the_shared_expert():
     try:
         with hosts.two_hosts("300mbit") as names:
             while len(tries) < 3 and (not tries or min(tries[-1].values()) < 0.8):
-                lines = [out.splitlines()[-1] for out in hosts.run(names, "tests.parallel.slow_link")]
+                lines = [out.splitlines()[-1] for out in hosts.run(names, "tests.support.slow_link")]
                 ranks = [json.loads(line)["legs"] for line in lines]
                 tries.append({leg: hidden([legs[leg] for legs in ranks]) for leg in LEGS})
     except hosts.NoHosts as why:

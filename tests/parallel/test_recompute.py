@@ -69,6 +69,8 @@ def test_loss_and_gradients_stay(mode, keys, documents):
 
 def test_full_recomputation_in_bf16_under_fsdp(pool):
     """torch.utils.checkpoint refused it while the router was a unit of FSDP inside of what is recomputed."""
-    results = [pool.run(1, "tests.parallel.cases:recomputed_on_one_rank", mode=mode)[0] for mode in ("none", "full")]
+    results = [
+        pool.run(1, "tests.support.parallel_cases:recomputed_on_one_rank", mode=mode)[0] for mode in ("none", "full")
+    ]
     assert results[0] == results[1] and results[1][1]
     assert not any("router" in unit for unit in results[1][2])

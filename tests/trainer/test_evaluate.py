@@ -9,7 +9,7 @@ from data.settings import UserError
 from data.shards import Corpus
 from data.sources.storybook import log_prob
 from parallel.mesh import World
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer.checkpoint.load import load_model, place
 from trainer.evaluate import evaluate, main
 from trainer.generate import Sampling, generate

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data.settings import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer.checkpoint.load import load_model
 from trainer.generate import BETWEEN, Sampling, choose, generate, generate_batch, main, text_of
 

@@ -8,7 +8,7 @@ import torch
 from data.settings import ConfigError, UserError
 from model import segments
 from parallel.mesh import World
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer import machine
 
 
@@ -165,7 +165,7 @@ def test_deterministic_has_a_kernel_for_everything(pool, corpus_dir, tmp_path):
     for name in "ab":
         words = [f"run.name={name}", "train.steps=4", *EVERYTHING, "parallel.expert=2"]
         keys = dict(corpus=str(corpus_dir), runs=str(tmp_path), more=words)
-        assert pool.run(2, "tests.trainer.cases:deterministic_run", **keys) == [(True, ":4096:8")] * 2
+        assert pool.run(2, "tests.support.run_cases:deterministic_run", **keys) == [(True, ":4096:8")] * 2
         losses.append(cases.losses(tmp_path / name))
     assert losses[0] == losses[1]
 

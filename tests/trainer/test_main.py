@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.settings import key_table
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer.config import SECTION_TYPES
 from trainer.metrics import read_lines
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from data.loader import IGNORE, Rows
 from data.shards import Corpus
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer.checkpoint.load import load_model
 from trainer.generate import Sampling, generate
 from trainer.step import train_step

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.browser import Browser
-from tests.trainer import cases
+from tests.support import run_cases as cases
+from tests.support.browser import Browser
 from trainer import play
 from trainer.cli import guarded
 from trainer.generate import Sampling

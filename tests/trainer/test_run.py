@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from data.settings import UserError
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer.checkpoint.folder import complete_checkpoints, read_manifest
 from trainer.metrics import read_lines
 
-RUN = "tests.trainer.cases:run_words"
+RUN = "tests.support.run_cases:run_words"
 
 
 @pytest.fixture(scope="module")

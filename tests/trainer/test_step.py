@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.trainer import cases
+from tests.support import run_cases as cases
 
-STEPS = "tests.trainer.cases:many_steps"
+STEPS = "tests.support.run_cases:many_steps"
 MESHES = [(2, 1, 2), (3, 1, 3), (4, 1, 2), (4, 1, 4), (4, 2, 2)]  # world, replicate, expert
 SHAPES = [(n, k) for n in (1, 2, 5, 7, 31) for k in (1, 2) if k <= n]  # experts, top-k
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer import machine
 from trainer.config import SECTION_TYPES, read_config
 

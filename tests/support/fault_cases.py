@@ -17,7 +17,7 @@ from data.loader import Loader
 from model import transformer
 from parallel.fsdp import local
 from parallel.mesh import World
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer import step as step_module
 from trainer.fault_tolerance.signals import StopFlag
 from trainer.loop import train

@@ -5,12 +5,12 @@ import pytest
 
 from data.settings import UserError
 from data.shards import Corpus
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer.checkpoint.folder import complete_checkpoints, read_manifest
 from trainer.metrics import read_lines
 from trainer.optimizer import LossScale
 
-RUN = "tests.trainer.cases:run_words"
+RUN = "tests.support.run_cases:run_words"
 
 
 @pytest.mark.slow

@@ -12,14 +12,15 @@ from contextlib import suppress
 
 import pytest
 
-from tests.trainer import cases, fault_cases
-from tests.trainer.fault_cases import SIGINT, SIGTERM, SIGUSR1
-from tests.trainer.lives import ROOT, count, hears, life, processes, torchrun
+from tests.support import fault_cases
+from tests.support import run_cases as cases
+from tests.support.fault_cases import SIGINT, SIGTERM, SIGUSR1
+from tests.support.launched_runs import ROOT, count, hears, life, processes, torchrun
 from trainer.checkpoint.folder import complete_checkpoints
 from trainer.fault_tolerance.watchdog import TICK
 from trainer.metrics import read_lines
 
-SIGNALLED = "tests.trainer.fault_cases:signalled"
+SIGNALLED = "tests.support.fault_cases:signalled"
 BUSY = ["eval.every=1", "eval.batches=all", "eval.final=all", "sample.every=2", "train.steps=8", "checkpoint.every=100"]
 BUSY += ["run.name=stops"]
 
@@ -268,7 +269,7 @@ def test_a_rank_that_is_stopped_is_named_before_the_timeout(corpus_dir, tmp_path
 def test_an_exception_on_one_rank_ends_the_others_with_its_line(corpus_dir, tmp_path):
     words = cases.words(corpus_dir, tmp_path, "run.name=e", "train.steps=100000", "data.workers=0")
     code = (
-        "import sys; from tests.trainer.fault_cases import fail_at; from trainer.main import guarded, main\n"
+        "import sys; from tests.support.fault_cases import fail_at; from trainer.main import guarded, main\n"
         "if '{rank}' == '1': fail_at(5, ValueError('no such row'))\n"
         "sys.exit(guarded(lambda: main(sys.argv[1:])))"
     )

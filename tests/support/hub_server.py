@@ -3,7 +3,7 @@
     with Hub({"owner/name": {"main": {"data/train.parquet": b"..."}}}) as hub:
         subprocess.run(command, env=hub.environment(tmp_path))
 
-Run by hand it serves a folder: python -m tests.data.hub OWNER/NAME FOLDER
+Run by hand it serves a folder: python -m tests.support.hub_server OWNER/NAME FOLDER
 """
 
 import hashlib

@@ -16,7 +16,7 @@ from pyarrow.parquet import write_table
 
 from data.shards import Corpus
 from data.sources.base import side
-from tests.data.hub import Hub, commit_of
+from tests.support.hub_server import Hub, commit_of
 
 ROOT = Path.cwd()
 STORIES = [f"Tom number {n} saw a big dog in the park.\n\nHe was glad. “Hi,” he said." for n in range(700)]

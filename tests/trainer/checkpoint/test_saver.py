@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.settings import UserError
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer import checkpoint
 from trainer.checkpoint import layout
 from trainer.checkpoint.folder import complete_checkpoints, open_checkpoint, prune_checkpoints
@@ -26,8 +26,8 @@ from trainer.config import CheckpointConfig
 from trainer.fault_tolerance.run_lock import LockLost, RunLock
 from trainer.metrics import read_lines
 
-RUN = "tests.trainer.cases:run_words"
-SAVED = "tests.trainer.cases:"
+RUN = "tests.support.run_cases:run_words"
+SAVED = "tests.support.run_cases:"
 
 
 @pytest.fixture(scope="module")

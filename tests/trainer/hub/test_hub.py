@@ -12,7 +12,7 @@ from model.config import ModelConfig, RopeScaling
 from model.moe import Router
 from model.transformer import Transformer
 from parallel.mesh import World
-from tests.trainer import cases
+from tests.support import run_cases as cases
 from trainer import hub
 from trainer.checkpoint.load import load_model, weights_digest
 from trainer.evaluate import evaluate
@@ -50,7 +50,7 @@ def runs(pool, corpus_dir, tmp_path_factory):
     for name, (more, _) in KINDS.items():
         words = [*UNLIKE, *more, f"run.name={name}"]
         if name in ("plain", "all"):
-            pool.run(4, "tests.trainer.cases:run_words", 300, corpus=str(corpus_dir), runs=str(folder), more=words)
+            pool.run(4, "tests.support.run_cases:run_words", 300, corpus=str(corpus_dir), runs=str(folder), more=words)
         else:
             cases.run(corpus_dir, folder, *words)
     return folder
@@ -289,7 +289,7 @@ def test_what_went_out_comes_in_on_any_mesh(pool, runs, tmp_path, kind):
     if kind in ("biased", "all"):
         places = [str(out), str(runs / kind)]
         for world, expert in ((4, 4), (3, 1), (4, 2)):
-            got = pool.run(world, "tests.trainer.cases:begun", places=places, run=str(runs / kind), expert=expert)
+            got = pool.run(world, "tests.support.run_cases:begun", places=places, run=str(runs / kind), expert=expert)
             assert got == [[want, want]] * world
 
 
@@ -352,7 +352,7 @@ def test_another_model_is_refused_by_its_settings(runs, corpus_dir, tmp_path, wo
 
 def test_a_folder_that_one_process_does_not_see_ends_all_of_them(pool, runs, corpus_dir):
     place, words = str(runs / "biased"), [*UNLIKE, *KINDS["biased"][0]]
-    said = pool.run(2, "tests.trainer.cases:one_is_blind", corpus=str(corpus_dir), place=place, more=words)
+    said = pool.run(2, "tests.support.run_cases:one_is_blind", corpus=str(corpus_dir), place=place, more=words)
     assert said[0] == said[1] and said[0].startswith(f"train.init_from={place}-gone: no such folder")
 
 

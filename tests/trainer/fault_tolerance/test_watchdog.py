@@ -15,7 +15,8 @@ import torch.distributed as dist
 from data.settings import UserError
 from parallel.mesh import World
 from parallel.rendezvous import find_others
-from tests.trainer import cases, fault_cases
+from tests.support import fault_cases
+from tests.support import run_cases as cases
 from trainer.checkpoint.folder import complete_checkpoints
 from trainer.config import LogConfig
 from trainer.fault_tolerance.errors import Stopped, memory_error
@@ -24,8 +25,8 @@ from trainer.fault_tolerance.watchdog import Place, Watchdog, compare
 from trainer.metrics import Reporter, read_lines
 from trainer.spikes import Spikes
 
-ROOT = Path(__file__).parents[2]
-POISONED = "tests.trainer.fault_cases:poisoned"
+ROOT = Path(__file__).parents[3]
+POISONED = "tests.support.fault_cases:poisoned"
 
 
 # gradients and losses
@@ -347,7 +348,7 @@ WORKER = "import time; from trainer import faults; {}; print('ready', flush=True
 
 @pytest.mark.parametrize("bound", ["die_with_parent()", "watch_parent()"])
 def test_a_worker_does_not_outlive_its_launcher(bound):
-    from tests.trainer.lives import processes
+    from tests.support.launched_runs import processes
 
     command = [sys.executable, "-c", LAUNCHER, WORKER.format(bound)]
     env = {**os.environ, "TORCHELASTIC_RUN_ID": "test"}

@@ -1,7 +1,9 @@
-"""The state of a run on one rank."""
+"""The state of a run on one rank: what `startup.start` makes ready, and `loop.py` and `step.py` change."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -19,31 +21,38 @@ from trainer.optimizer import LossScale
 from trainer.spikes import Spikes
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """All that a run is, on one rank."""
+    """A run on one rank. Leaving it as a context closes what it holds: folder lock, processes, wandb, threads."""
 
     config: Config
     world: World
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the products
+    degrees: Degrees
     corpus: Corpus
     tokenizer: Tokenizer
     loader: Loader
     steps: int  # of the whole run
     model: Transformer
     optimizer: torch.optim.AdamW
-    degrees: Degrees
     scale: LossScale
     reporter: Reporter
     stop: StopFlag
-    step: int = 0  # finished steps
+    watchdog: Watchdog
+    saver: Saver | None = None  # None where nothing is saved, as in tests of single steps
+    step: int = 0  # steps done
     tokens: int = 0  # targets that entered the loss so far
     skipped: int = 0  # steps in a row without a finite gradient
-    saver: Saver | None = None
-    watchdog: Watchdog = field(default_factory=Watchdog)
     spikes: Spikes = field(default_factory=Spikes)
+    resources: ExitStack = field(default_factory=ExitStack)
 
     @property
     def folder(self) -> Path:
         return self.config.run.folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.resources.close()

@@ -27,11 +27,12 @@ from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint, weights
 from trainer.checkpoint.saver import Saver
 from trainer.config import CheckpointConfig, Config, TrainConfig, read_config
 from trainer.fault_tolerance.signals import StopFlag
+from trainer.fault_tolerance.watchdog import Watchdog
 from trainer.loop import train
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, make_optimizer
 from trainer.run import Run
-from trainer.startup import degrees, open_corpus, weights_of_another
+from trainer.startup import degrees, load_initial_weights, open_corpus
 from trainer.step import train_step
 
 MODEL = ["model.dim=16", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16", "model.n_experts=5"]
@@ -92,7 +93,7 @@ def one_is_blind(corpus: str, place: str, more: list[str]) -> str:
     where = place + "-gone" * (World.from_environment().rank == 1)
     c = config(Path(corpus), Path("none"), *more, f"train.init_from={where}")
     try:
-        weights_of_another(c, Corpus.open(corpus).tokenizer())
+        load_initial_weights(c, Corpus.open(corpus).tokenizer())
     except UserError as error:
         return str(error)
     return "nothing"
@@ -121,20 +122,21 @@ def fresh(corpus: Path, *more: str) -> Run:
     quiet = Reporter(Path("none"), c.log, "none", False)
     model.train()
     return Run(
-        c,
-        world,
-        cpu,
-        torch.float32,
-        opened,
-        tokenizer,
-        loader,
-        steps,
-        model,
-        make_optimizer(model, c.train),
-        degrees(c, world),
-        LossScale.of(torch.float32),
-        quiet,
-        StopFlag(),
+        config=c,
+        world=world,
+        device=cpu,
+        dtype=torch.float32,
+        degrees=degrees(c, world),
+        corpus=opened,
+        tokenizer=tokenizer,
+        loader=loader,
+        steps=steps,
+        model=model,
+        optimizer=make_optimizer(model, c.train),
+        scale=LossScale.of(torch.float32),
+        reporter=quiet,
+        stop=StopFlag(),
+        watchdog=Watchdog(),
     )
 
 
@@ -168,20 +170,21 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
         )
         quiet = Reporter(Path("none"), c.log, "none", False)
         run = Run(
-            c,
-            world,
-            cpu,
-            compute,
-            opened,
-            tokenizer,
-            loader,
-            5,
-            model,
-            make_optimizer(model, c.train),
-            d,
-            LossScale.of(compute),
-            quiet,
-            StopFlag(),
+            config=c,
+            world=world,
+            device=cpu,
+            dtype=compute,
+            degrees=d,
+            corpus=opened,
+            tokenizer=tokenizer,
+            loader=loader,
+            steps=5,
+            model=model,
+            optimizer=make_optimizer(model, c.train),
+            scale=LossScale.of(compute),
+            reporter=quiet,
+            stop=StopFlag(),
+            watchdog=Watchdog(),
         )
         gaps = [float("inf")]
         for module in model.modules():
@@ -322,7 +325,7 @@ def apart(corpus: str, folder: str) -> str:
     place.mkdir(parents=True)
     os.chdir(place)
     try:
-        with mock.patch.object(startup, "PATIENCE", 0.3):
+        with mock.patch.object(startup, "VISIBILITY_TIMEOUT_S", 0.3):
             run(Path(corpus), Path("runs"))
     except UserError as error:
         return str(error)

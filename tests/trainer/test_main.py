@@ -121,7 +121,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_resumes(corpus_dir, tmp_path):
     last = out.strip().splitlines()[-1]
     step = len(cases.losses(metrics.parent))
     assert last.startswith(f"stopped at step {step} of 100000, saved at {step}; to resume: torchrun --nproc_per_node=2")
-    assert out.splitlines()[0] == "fresh" and "live:" in out.splitlines()[1]
+    assert out.splitlines()[0] == "new run" and "live:" in out.splitlines()[1]
     listed = call("--list", f"run.dir={tmp_path}").stdout.splitlines()
     assert listed[1].split()[:2] == ["live", f"{step}/100000"] and listed[1].endswith("not finished")
 

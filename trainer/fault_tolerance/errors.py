@@ -3,8 +3,16 @@
 from data.settings import UserError
 
 
-class Stopped(Exception):
-    """All ranks know that the run was asked to end."""
+class RunEnded(Exception):
+    """This process ends a run without an error, and before it did the last step."""
+
+
+class AlreadyFinished(RunEnded):
+    """The run did its last step in an earlier start; the message says where, and how to continue."""
+
+
+class Stopped(RunEnded):
+    """All ranks know that the run was asked to end; `requeue`: by a cluster, which is to start it again."""
 
     def __init__(self, requeue: bool) -> None:
         super().__init__("stopped")

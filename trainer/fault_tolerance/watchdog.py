@@ -11,12 +11,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.settings import UserError
-from trainer.fault_tolerance.errors import RankFailed, Stopped
+from trainer.fault_tolerance.errors import RankFailed, RunEnded, Stopped, memory_error
 from trainer.fault_tolerance.launcher import end_launcher
 from trainer.fault_tolerance.processes import process_alive, transferred_mib
 from trainer.fault_tolerance.signals import StopFlag, leave_mark
@@ -283,6 +285,25 @@ class Watchdog:
             if time.monotonic() >= end or store.check(["failed"]) or store.check(["end"]):
                 return None
             time.sleep(TICK / 5)
+
+
+@contextmanager
+def report_failures(watchdog: Watchdog, micro_batch_size: int, seq_len: int) -> Iterator[None]:
+    """Report an error in here to the other ranks, before the connections to them close.
+
+    Raises what this rank ends with: the error, or what another rank had reported before it. Memory that ran out becomes
+    a line that names the sizes to lower.
+    """
+    try:
+        yield
+    except RunEnded:
+        raise
+    except Exception as error:
+        place = watchdog.place
+        verdict = watchdog.verdict(memory_error(error, place.phase, place.step, micro_batch_size, seq_len) or error)
+        if verdict is error:
+            raise
+        raise verdict from error
 
 
 def compare(places: dict[int, Place], silent: list[int], absent: list[int]) -> str:

@@ -158,7 +158,7 @@ def test_a_damaged_one_is_passed_over_and_named(plain, tmp_path, kind, capsys):
     before = {p: p.read_bytes() for p in newest.rglob("*") if p.is_file()}
     model, _, _ = load_model(tmp_path / "run")
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("passed over step-00000006: ") and message in said[0] and "step 4" in said[1]
+    assert said[0].startswith("skipped checkpoint step-00000006: ") and message in said[0] and "step 4" in said[1]
     assert cases.digest(model) == cases.digest(load_model(plain / "checkpoints" / "step-00000004")[0])
     if (newest / "manifest.json").exists():
         with pytest.raises(UserError, match="step-00000006") as error:  # asked for by name there is no other
@@ -334,7 +334,7 @@ def test_another_corpus_goes_on_only_where_it_is_allowed(corpus_dir, plain, tmp_
     with pytest.raises(UserError, match="another corpus .*checkpoint.allow_other_corpus=true"):
         cases.run(tmp_path / "c", tmp_path, *other)
     assert cases.run(tmp_path / "c", tmp_path, *other, "checkpoint.allow_other_corpus=true") == 0
-    assert "goes on with another corpus" in capsys.readouterr().out
+    assert "continuing on another corpus" in capsys.readouterr().out
     assert main([*same, f"data.dir={tmp_path}/d", "data.vocab_size=310"]) == 0
     words = [*same, "data.vocab_size=310", "run.name=run", "checkpoint.allow_other_corpus=true", "train.steps=10"]
     with pytest.raises(UserError, match=r"another tokenizer \(vocabulary 320 -> 310\)"):

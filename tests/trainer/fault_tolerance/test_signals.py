@@ -186,7 +186,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_run_does_not(corpus_dir, tmp_p
         os.kill(first[1], signal.SIGKILL)
         it.wait_for(lambda: "resumed from step" in it.out, "another start")
         assert "rank 1 is gone, killed or with its machine (last seen in step" in it.err
-        assert it.out.startswith("fresh\n")
+        assert it.out.startswith("new run\n")
         steps = count(metrics)
         it.wait_for(lambda: count(metrics) > steps + 2, "more steps")
         second = it.workers()
@@ -218,15 +218,15 @@ def test_a_signal_to_one_rank_during_the_start_ends_all(corpus_dir, tmp_path):
 
 def test_a_time_limit_before_the_first_step_leaves_no_mark(corpus_dir, tmp_path, monkeypatch, capfd):
     """It would be queued again, and get no further."""
-    from trainer import loop
+    from trainer import startup
 
-    build = loop.build
+    build = startup.build
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGUSR1)
         return build(*args)
 
-    monkeypatch.setattr(loop, "build", signalled)
+    monkeypatch.setattr(startup, "build", signalled)
     assert cases.run(corpus_dir, tmp_path, "run.name=u") == 0
     assert not (tmp_path / "u" / "requeue").exists() and count(tmp_path / "u" / "metrics.jsonl") == 0
     assert "SIGUSR1 before a step was done: not to be queued again" in capfd.readouterr().err

@@ -19,7 +19,7 @@ from model.precision import weights_unchanged
 from parallel import collectives, fsdp
 from trainer import machine
 from trainer.config import Config
-from trainer.evaluate import describe, evaluate
+from trainer.evaluation import describe, evaluate
 from trainer.fault_tolerance.errors import AlreadyFinished, Stopped
 from trainer.fault_tolerance.signals import StopFlag, leave_mark
 from trainer.fault_tolerance.watchdog import report_failures
@@ -169,7 +169,9 @@ def was_evaluated(run: Run) -> bool:
 def run_evaluation(run: Run, batches: int | str) -> None:
     run.watchdog.mark("evaluation")
     with weights_unchanged():
-        line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: raise_if_stopped(run))
+        line = evaluate(
+            run.model, run.corpus, run.config, batches, run.world, before_batch=lambda: raise_if_stopped(run)
+        )
     run.reporter.write("eval", run.step, **line)
     run.reporter.log(f"step {run.step}: {describe(line)}")
 

@@ -28,7 +28,7 @@ from trainer.checkpoint.block_io import Damaged
 from trainer.checkpoint.folder import TOKENIZER, resolve_checkpoint
 from trainer.checkpoint.load import load_model
 from trainer.config import Config
-from trainer.evaluate import evaluate
+from trainer.evaluation import evaluate
 from trainer.hub.files import CONFIG_FILE, Folder, ShardTensor, write_json, write_shards
 from trainer.hub.importer import check_tensors
 from trainer.hub.mapping import MODELING_MODULE, TensorSlice, tensor_shapes, tensor_slices, to_hf_config

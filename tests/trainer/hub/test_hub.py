@@ -14,7 +14,7 @@ from model.transformer import Transformer
 from parallel.mesh import World
 from tests.support import run_cases as cases
 from trainer.checkpoint.load import load_model, weights_digest
-from trainer.evaluate import evaluate
+from trainer.evaluation import evaluate
 from trainer.generate import Sampling, generate
 from trainer.hub.__main__ import main
 from trainer.hub.export import CheckpointWeights

@@ -23,7 +23,7 @@ from trainer.evaluation import describe, evaluate
 from trainer.fault_tolerance.errors import AlreadyFinished, Stopped
 from trainer.fault_tolerance.signals import StopFlag, leave_mark
 from trainer.fault_tolerance.watchdog import report_failures
-from trainer.generate import Sampling, text_of
+from trainer.generate import Sampling, generate_text
 from trainer.metrics import read_lines
 from trainer.run import Run
 from trainer.startup import checkpoint_fields, start
@@ -184,7 +184,7 @@ def run_samples(run: Run) -> list[str]:
         for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=seed)
             pieces = [prompt]
-            for piece in text_of(run.model, run.tokenizer, prompt, sampling):
+            for piece in generate_text(run.model, run.tokenizer, prompt, sampling):
                 pieces.append(piece)
                 raise_if_stopped(run)
             stories.append("".join(pieces))

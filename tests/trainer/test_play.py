@@ -244,9 +244,9 @@ def test_the_page_in_a_browser(server, tmp_path):
     assert url.startswith("http://127.0.0.1:"), (tmp_path / "stderr").read_text()
     browser = Browser(CHROMIUM, tmp_path / "profile")
     try:
-        browser.size(1000, 800)
+        browser.set_size(1000, 800)
         browser.call("Page.addScriptToEvaluateOnNewDocument", source="window.hit = () => { window.wasHit = true }")
-        browser.go(url)
+        browser.navigate(url)
         write_hostile_story(browser)
         browser.screenshot(tmp_path / "play.png")
         assert (tmp_path / "play.png").read_bytes().startswith(b"\x89PNG")
@@ -329,7 +329,7 @@ def stop_and_leave(browser, url, stderr):
         assert time.monotonic() < end
         time.sleep(0.1)
     assert int(lines[-1].split()[1]) < 2000
-    browser.go(url)
+    browser.navigate(url)
     browser.wait("!!document.querySelector('#write') && !!document.querySelector('#prompt textarea')")
     assert browser.run(TEXT) == ""  # a reload is a new visitor
     browser.type("#prompt textarea", "1" * 5000)

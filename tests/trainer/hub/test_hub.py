@@ -226,7 +226,7 @@ def test_weights_are_exported_if_the_tokenizer_cannot_be(runs, tmp_path, capsys,
     assert (out / "tokenizer.model").exists() and HFCheckpoint(out).vocab_size == 320
 
 
-def test_an_export_overwrites_nothing_and_leaves_no_partial_files(runs, tmp_path, monkeypatch):
+def test_an_export_overwrites_nothing_and_leaves_no_parts(runs, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: already exists"):
         export(runs / "plain", tmp_path / "there")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 SEPARATOR = "\n\n---\n\n"  # between the stories of several prompts
-TOP_P_CANDIDATES = 256  # for top_p, only so many of the likeliest tokens are sorted first, and all only if needed
+TOP_P_CANDIDATES = 256  # the likeliest tokens that top_p sorts first; it sorts all tokens only if these are too few
 
 
 @dataclass(frozen=True)

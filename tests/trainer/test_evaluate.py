@@ -110,11 +110,11 @@ def test_in_bf16_only_the_routers_stay_fp32(run, corpus_dir):
     """And the loss stays close."""
     model, _, config = load_model(run)
     corpus = Corpus.open(corpus_dir)
-    want = evaluate(model, corpus, config, 2, World())["loss"]
+    expected = evaluate(model, corpus, config, 2, World())["loss"]
     place(model, torch.device("cpu"), torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
-    assert evaluate(model, corpus, config, 2, World())["loss"] == pytest.approx(want, rel=5e-3)
+    assert evaluate(model, corpus, config, 2, World())["loss"] == pytest.approx(expected, rel=5e-3)
 
 
 def test_evaluation_and_generation_do_not_use_cudnn_attention(run, corpus_dir):

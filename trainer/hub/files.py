@@ -70,15 +70,15 @@ class Folder:
 
     def _checked_path(self, file_name: str) -> Path:
         """The path of a file of the folder. A link may lead only to where the hub's own cache keeps files."""
-        path, home = self.path / file_name, self.path.resolve()
+        path, folder = self.path / file_name, self.path.resolve()
         has_separator = file_name != os.path.basename(file_name) or "\\" in file_name
         if has_separator or file_name in ("", ".", "..") or "\0" in file_name:
             raise UserError(f"{self.path / INDEX_FILE}: {file_name!r} is not a plain file name")
         if not path.is_file():
             hint = f", and no {INDEX_FILE} that names other files" if file_name == SINGLE_FILE else ""
             raise UserError(f"{path}: no such file{hint}")
-        is_hub_cache = home.parent.name == "snapshots"
-        allowed = {home, home.parent.parent / "blobs"} if is_hub_cache else {home}
+        is_hub_cache = folder.parent.name == "snapshots"
+        allowed = {folder, folder.parent.parent / "blobs"} if is_hub_cache else {folder}
         if path.resolve().parent not in allowed:
             raise UserError(f"{path}: a link to a file outside of the folder; only links of the hub cache are followed")
         return path
@@ -152,7 +152,7 @@ def write_shards(
 ) -> int:
     """Write tensors into files of at most `max_bytes` bytes of tensors, and the index if there are several files.
 
-    A tensor that is larger than `max_bytes` gets a file of its own. `tensors` yields (name, tensor) once for each
+    A tensor that is larger than `max_bytes` has its own file. `tensors` yields (name, tensor) once for each
     entry, in the order of the entries. Returns the number of files.
     """
     files = [_File()]

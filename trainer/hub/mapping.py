@@ -308,7 +308,10 @@ def _rope_values(text: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _check_layers(
     config: ModelConfig, text: Mapping[str, Any], moe_layers: list[int], uses_rope: list[bool], where: str
 ) -> None:
-    """Raises UserError if the lists of layers in a config.json are not those of `config`, which repeats regularly."""
+    """Raises UserError if the layers that a config.json lists are not those of `config`.
+
+    Our model has experts, and layers without RoPE, at regular intervals only.
+    """
     if config.moe_layers != moe_layers:
         raise UserError(
             f"{where}: moe_layers={moe_layers}: not supported; experts must be in every n-th layer, or in no layer"

@@ -209,11 +209,11 @@ def test_a_bf16_export_rounds_the_weights_but_not_the_bias(runs, tmp_path):
     assert hf_model.dtype == torch.bfloat16
     model, _, _ = load_model(runs / "biased")
     for part in tensor_slices(model.config, model.vocab_size):
-        want = model.state_dict()[part.name][part.start : part.stop]
+        expected = model.state_dict()[part.name][part.start : part.stop]
         got = hf_model.state_dict()[part.hf_name]
         is_bias = part.hf_name.endswith("balance_bias")
         assert got.dtype == (torch.float32 if is_bias else torch.bfloat16)
-        assert torch.equal(got, want if is_bias else want.bfloat16())
+        assert torch.equal(got, expected if is_bias else expected.bfloat16())
 
 
 def test_weights_are_exported_if_the_tokenizer_cannot_be(runs, tmp_path, capsys, monkeypatch):
@@ -293,17 +293,17 @@ def test_a_run_with_balance_until_is_exported_as_plain(corpus_dir, tmp_path, cap
 def test_an_export_is_loaded_bitwise_on_any_mesh(pool, runs, tmp_path, kind):
     """Balance bias included; each rank reads its own part. Our own checkpoints are loaded in the same way."""
     out = export(runs / kind, tmp_path / "out", "--shard-size", "30KB", "--batches", "none")
-    want = weights_digest(load_model(runs / kind)[0])
+    expected = weights_digest(load_model(runs / kind)[0])
     checkpoint = HFCheckpoint(out)
     model = Transformer(checkpoint.model, checkpoint.vocab_size)
     model.init_weights(7)
     checkpoint.fill(model)
-    assert weights_digest(model) == want
+    assert weights_digest(model) == expected
     if kind in ("biased", "all"):
         places = [str(out), str(runs / kind)]
         for world, expert in ((4, 4), (3, 1), (4, 2)):
             got = pool.run(world, "tests.support.run_cases:begun", places=places, run=str(runs / kind), expert=expert)
-            assert got == [[want, want]] * world
+            assert got == [[expected, expected]] * world
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
     parser.add_argument("--data", help="the folder of a prepared corpus (default: the run's)")
-    parser.add_argument("--split", default="validation", choices=["validation", "train"])
+    about = "which stories to evaluate (default: %(default)s)"
+    parser.add_argument("--split", default="validation", choices=["validation", "train"], help=about)
     about = "how many batches of train.micro_batch_size stories: all, or a number (default: all)"
     parser.add_argument("--batches", default="all", help=about)
     add_device(parser)

@@ -192,11 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help=about)
     about = f"0: always the likeliest token {default}"
     parser.add_argument("--temperature", type=float, default=defaults.temperature, help=about)
-    about = f"sample among the K likeliest tokens only; 0: among all {default}"
+    about = f"sample only among the K likeliest tokens; 0: among all {default}"
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help=about)
-    about = f"sample among the likeliest tokens that together reach P only {default}"
+    about = f"sample only among the likeliest tokens that together have probability P {default}"
     parser.add_argument("--top-p", type=float, default=defaults.top_p, help=about)
-    about = f"above 1: tokens that the text already has become rarer {default}"
+    about = f"above 1: tokens that are in the text already become less likely {default}"
     parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help=about)
     about = f"seed of the first story; each further story adds 1 {default}"
     parser.add_argument("--seed", type=int, default=defaults.seed, help=about)

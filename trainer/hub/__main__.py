@@ -23,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
     out.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
     out.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
-    out.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    about = "dtype of the weights (default: %(default)s)"
+    out.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help=about)
     out.add_argument("--shard-size", default="5GB", help="largest size of a file, such as 200MB (default: %(default)s)")
     out.add_argument("--plain", action="store_true", help="leave out what plain Llama 4 cannot express")
-    out.add_argument("--data", help="prepared corpus on which to measure the balance bias (default: the run's)")
-    about = "how much of it to evaluate: all, a number of batches, or none (default: the run's eval.batches)"
+    out.add_argument("--data", help="corpus on which to measure the effect of a balance bias (default: the run's)")
+    about = "how much of that corpus: all, a number of batches, or none (default: the run's eval.batches)"
     out.add_argument("--batches", default="run", help=about)
     from trainer.cli import add_device
 

@@ -19,11 +19,11 @@ from model.precision import weights_unchanged
 from parallel import collectives, fsdp
 from trainer import machine
 from trainer.config import Config
-from trainer.evaluate import describe, evaluate
+from trainer.evaluation import describe, evaluate
 from trainer.fault_tolerance.errors import AlreadyFinished, Stopped
 from trainer.fault_tolerance.signals import StopFlag, leave_mark
 from trainer.fault_tolerance.watchdog import report_failures
-from trainer.generate import Sampling, text_of
+from trainer.generate import Sampling, generate_text
 from trainer.metrics import read_lines
 from trainer.run import Run
 from trainer.startup import checkpoint_fields, start
@@ -169,7 +169,9 @@ def was_evaluated(run: Run) -> bool:
 def run_evaluation(run: Run, batches: int | str) -> None:
     run.watchdog.mark("evaluation")
     with weights_unchanged():
-        line = evaluate(run.model, run.corpus, run.config, batches, run.world, between=lambda: raise_if_stopped(run))
+        line = evaluate(
+            run.model, run.corpus, run.config, batches, run.world, before_batch=lambda: raise_if_stopped(run)
+        )
     run.reporter.write("eval", run.step, **line)
     run.reporter.log(f"step {run.step}: {describe(line)}")
 
@@ -182,7 +184,7 @@ def run_samples(run: Run) -> list[str]:
         for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=seed)
             pieces = [prompt]
-            for piece in text_of(run.model, run.tokenizer, prompt, sampling):
+            for piece in generate_text(run.model, run.tokenizer, prompt, sampling):
                 pieces.append(piece)
                 raise_if_stopped(run)
             stories.append("".join(pieces))

@@ -31,7 +31,7 @@ from trainer.fault_tolerance.run_lock import RunLock, sees
 from trainer.fault_tolerance.signals import StopFlag, clear_mark
 from trainer.fault_tolerance.watchdog import Watchdog, report_failures
 from trainer.hub.importer import InitialWeights, initial_weights
-from trainer.hub.mapping import TRAINING_ONLY_KEYS
+from trainer.hub.mapping import MAY_DIFFER_KEYS
 from trainer.machine import dtype_name
 from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, learning_rate, make_optimizer
@@ -203,7 +203,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
             raise UserError(none_usable(folder / "checkpoints", skipped))
         return None, []
     manifest = found.manifest
-    may_change = {f"model.{key}" for key in TRAINING_ONLY_KEYS}
+    may_change = {f"model.{key}" for key in MAY_DIFFER_KEYS}
     differences = (d for d in changes(manifest["config"], config) if d.startswith("model."))
     if other := [d for d in differences if d.partition(":")[0] not in may_change]:
         raise UserError(f"{folder}: made with another model ({'; '.join(other)}); choose another run.name=")

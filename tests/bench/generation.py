@@ -77,14 +77,12 @@ def exported(model: Transformer) -> Callable[[Sequence[Sequence[int]]], Callable
         import transformers
     except ImportError:
         return None
-    from trainer.hub.mapping import pieces, to_llama
+    from trainer.hub.mapping import tensor_slices, to_hf_config
 
-    config = transformers.Llama4TextConfig(**to_llama(model.config, VOCAB, 1, 2, "float32"))
+    config = transformers.Llama4TextConfig(**to_hf_config(model.config, VOCAB, 1, 2, "float32"))
     theirs = transformers.Llama4ForCausalLM(config).eval()
-    plain = [piece for piece in pieces(model.config, VOCAB) if piece.plain]
-    theirs.load_state_dict(
-        {p.theirs: model.get_parameter(p.ours).detach().narrow(0, p.first, p.shape[0]) for p in plain}
-    )
+    plain = [part for part in tensor_slices(model.config, VOCAB) if part.is_plain]
+    theirs.load_state_dict({p.hf_name: model.get_parameter(p.name).detach()[p.start : p.stop] for p in plain})
 
     def generator(prompts: Sequence[Sequence[int]]) -> Callable[[], None]:
         tokens = torch.tensor([[1, *prompt] for prompt in prompts])

@@ -12,7 +12,7 @@ from model.config import ModelConfig, RopeScaling
 from model.moe import Router
 from model.transformer import Transformer
 from tests.support.run_cases import narrowest
-from trainer.hub.mapping import pieces, to_llama
+from trainer.hub.mapping import tensor_slices, to_hf_config
 
 transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
 VOCAB = 37
@@ -66,7 +66,9 @@ def both(config, seed, dtype):
             if "norm" in name:
                 weight.uniform_(0.5, 1.5, generator=generator)
     ours.to(dtype).compute_dtype = dtype
-    theirs = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**to_llama(config, VOCAB, 1, 2, "float32")))
+    theirs = transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(**to_hf_config(config, VOCAB, 1, 2, "float32"))
+    )
     weights = {k: v for k, v in named(config, dict(ours.named_parameters()).get)}
     if config.tie_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -76,9 +78,9 @@ def both(config, seed, dtype):
 
 def named(config, get):
     """What `get` says of each of our tensors, under their names."""
-    for piece in pieces(config, VOCAB):
-        if piece.plain:
-            yield piece.theirs, get(piece.ours)[piece.first : piece.first + piece.shape[0]].detach()
+    for part in tensor_slices(config, VOCAB):
+        if part.is_plain:
+            yield part.hf_name, get(part.name)[part.start : part.stop].detach()
 
 
 def tokens_of(seed, length=60):
@@ -139,7 +141,7 @@ def test_positions_far_from_the_start(theta):
     rotary = transformers.models.llama4.modeling_llama4.Llama4TextRotaryEmbedding
     for scaling in scalings:
         config = ModelConfig(dim=128, n_heads=1, rope_theta=theta, rope_scaling=scaling)
-        theirs = rotary(transformers.Llama4TextConfig(**to_llama(config, VOCAB, 1, 2, "float32"))).inv_freq
+        theirs = rotary(transformers.Llama4TextConfig(**to_hf_config(config, VOCAB, 1, 2, "float32"))).inv_freq
         assert torch.equal(rope_frequencies(128, theta, scaling, torch.device("cpu")), theirs)
     config = ModelConfig(dim=64, n_heads=1, n_layers=2, nope_every=0, moe_every=0, ffn_dim=8, rope_theta=theta)
     ours, theirs = both(config, 1, torch.float32)

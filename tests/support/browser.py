@@ -1,4 +1,7 @@
-"""A headless Chromium, spoken to over a pipe in the DevTools protocol: JSON messages that end in a zero byte."""
+"""A headless Chromium for tests, driven by the DevTools protocol over a pipe: JSON messages that end in a zero byte.
+
+Protocol: https://chromedevtools.github.io/devtools-protocol
+"""
 
 import base64
 import json
@@ -9,49 +12,54 @@ import time
 from pathlib import Path
 from typing import Any
 
-# As root in a container, and without the requests that a browser makes of its own.
+# These flags allow root in a container, and disable the requests that a browser makes by itself.
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe""".split()
-PATIENCE = 120.0  # seconds; a loaded machine is slow
-# the middle of an element that has not moved for a while and is covered by no other
-PLACE = """(async () => {
-    const place = () => {
-        const e = document.querySelector(%s);
-        e?.scrollIntoView({block: 'center'});
-        const r = e?.getBoundingClientRect(), spot = r && [r.x + r.width / 2, r.y + r.height / 2];
-        return spot && e.contains(document.elementFromPoint(...spot)) && spot;
+TIMEOUT_S = 120.0  # a loaded machine is slow
+# JavaScript: the centre of an element, if it has not moved for 0.2 seconds and no other element covers it
+ELEMENT_CENTRE = """(async () => {
+    const centre = () => {
+        const element = document.querySelector(%s);
+        if (!element) return null;
+        element.scrollIntoView({block: 'center'});
+        const box = element.getBoundingClientRect(), point = [box.x + box.width / 2, box.y + box.height / 2];
+        return element.contains(document.elementFromPoint(...point)) ? point : null;
     };
-    const before = place();
+    const before = centre();
     await new Promise(done => setTimeout(done, 200));
-    return before && String(before) === String(place()) && before;
+    return before && String(before) === String(centre()) ? before : null;
 })()"""
 
 
 class Browser:
-    """One tab. `events` are all that came, such as `Network.requestWillBeSent`."""
+    """A browser with one tab. `events` are all events so far, such as `Network.requestWillBeSent`."""
 
     def __init__(self, program: str, profile: Path) -> None:
-        here, there = os.pipe(), os.pipe()  # to it, from it: its descriptors 3 and 4
-        os.set_inheritable(here[0], True)
-        os.set_inheritable(there[1], True)
-        ends = {"IN": str(here[0]), "OUT": str(there[1])}
+        # Chromium reads commands from its descriptor 3, and writes answers and events to its descriptor 4.
+        commands_read, commands_write = os.pipe()
+        answers_read, answers_write = os.pipe()
+        os.set_inheritable(commands_read, True)
+        os.set_inheritable(answers_write, True)
+        environment = os.environ | {"IN": str(commands_read), "OUT": str(answers_write)}
         self.log = (profile.parent / "chromium.log").open("wb")
         self.process = subprocess.Popen(
             ["bash", "-c", 'exec 3<&$IN 4>&$OUT; exec "$@"', "bash", program, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(here[0], there[1]),
-            env=os.environ | ends,
+            pass_fds=(commands_read, answers_write),
+            env=environment,
             stdout=self.log,
             stderr=self.log,
         )
-        os.close(here[0])
-        os.close(there[1])
-        self._to, self._from, self._rest, self._last = here[1], there[0], b"", 0
+        os.close(commands_read)
+        os.close(answers_write)
+        self._commands, self._answers = commands_write, answers_read
+        self._unread = b""
+        self._last_id = 0
         self.events: list[dict[str, Any]] = []
         self.session = ""
         self.open()
 
     def open(self) -> None:
-        """Another tab, which is spoken to from now on."""
+        """Open a tab; all later calls are about it."""
         tab = self.call("Target.createTarget", browser=True, url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", browser=True, targetId=tab, flatten=True)
         self.tab, self.session = tab, attached["sessionId"]
@@ -62,61 +70,62 @@ class Browser:
         self.call("Target.closeTarget", browser=True, targetId=self.tab)
 
     def call(self, method: str, browser: bool = False, **params: Any) -> dict[str, Any]:
-        self._last += 1
-        message = {"id": self._last, "method": method, "params": params}
+        """The result of a command to the tab, or to the whole browser."""
+        self._last_id += 1
+        message = {"id": self._last_id, "method": method, "params": params}
         if not browser:
             message["sessionId"] = self.session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next()
-            if answer.get("id") == self._last:
+            answer = self._next_message()
+            if answer.get("id") == self._last_id:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
 
-    def _next(self) -> dict[str, Any]:
-        end = time.monotonic() + PATIENCE
-        while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._from], [], [], max(0.0, end - time.monotonic()))
-            assert ready, "the browser is silent"
-            read = os.read(self._from, 1 << 20)
-            assert read, "the browser has ended"
-            self._rest += read
-        line, _, self._rest = self._rest.partition(b"\0")
+    def _next_message(self) -> dict[str, Any]:
+        deadline = time.monotonic() + TIMEOUT_S
+        while b"\0" not in self._unread:
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"the browser sent nothing for {TIMEOUT_S:.0f} seconds"
+            content = os.read(self._answers, 1 << 20)
+            assert content, "the browser has ended"
+            self._unread += content
+        line, _, self._unread = self._unread.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
         if "method" in message:
             self.events.append(message)
         return message
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, promises waited for."""
-        done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
+        """The value of a JavaScript expression; if that is a promise, its result."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def wait(self, script: str) -> Any:
-        """The value of an expression as soon as it is true."""
-        end = time.monotonic() + PATIENCE
+        """Evaluate a JavaScript expression until it is true. Returns its value."""
+        deadline = time.monotonic() + TIMEOUT_S
         while not (value := self.run(script)):
-            assert time.monotonic() < end, f"never true: {script}"
+            assert time.monotonic() < deadline, f"not true after {TIMEOUT_S:.0f} seconds: {script}"
             time.sleep(0.1)
         return value
 
-    def go(self, url: str) -> None:
+    def navigate(self, url: str) -> None:
         self.call("Page.navigate", url=url)
 
     def click(self, selector: str) -> None:
-        """With the mouse, where the element is as soon as it stays there."""
-        spot = self.wait(PLACE % json.dumps(selector))
+        """Click on an element with the mouse, as soon as it has stopped moving."""
+        x, y = self.wait(ELEMENT_CENTRE % json.dumps(selector))
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=spot[0], y=spot[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def type(self, selector: str, text: str) -> None:
-        """Replace what is in a field, as if pasted."""
+        """Replace the text of a field, as if pasted."""
         self.click(selector)
         self.run(f"document.querySelector({json.dumps(selector)}).select()")
         self.call("Input.insertText", text=text)
 
-    def size(self, width: int, height: int, dark: bool = False) -> None:
+    def set_size(self, width: int, height: int, dark: bool = False) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -131,6 +140,6 @@ class Browser:
         finally:
             self.process.kill()
             self.process.wait()
-            os.close(self._to)
-            os.close(self._from)
+            os.close(self._commands)
+            os.close(self._answers)
             self.log.close()

@@ -1,3 +1,5 @@
+"""Generation: sampling, batches of prompts, streamed text, and the command."""
+
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.support import run_cases as cases
 from trainer.checkpoint.load import load_model
-from trainer.generate import BETWEEN, Sampling, choose, generate, generate_batch, main, text_of
+from trainer.generate import SEPARATOR, Sampling, choose, generate, generate_batch, generate_text, main
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,8 @@ def loaded(run):
     return load_model(run)
 
 
-class Bytes:
-    """A tokenizer of bytes, so that any model speaks broken characters."""
+class ByteTokenizer:
+    """A tokenizer of bytes, so that an untrained model generates incomplete characters."""
 
     bos, eos, pad, unk = 1, 2, 0, 3
 
@@ -42,8 +44,8 @@ def byte_model(**keys):
     return model
 
 
-def test_greedy_equals_the_whole_forward_each_time():
-    model, tokenizer = byte_model(attention_chunk=8, max_seq_len=64, temperature_floor=4).eval(), Bytes()
+def test_greedy_tokens_equal_those_of_a_forward_without_cache():
+    model, tokenizer = byte_model(attention_chunk=8, max_seq_len=64, temperature_floor=4).eval(), ByteTokenizer()
     got = list(generate(model, tokenizer, "Tom ran", Sampling(max_new_tokens=30, temperature=0)))
     ids = [1, *tokenizer.encode("Tom ran")]
     for token in got:
@@ -54,11 +56,11 @@ def test_greedy_equals_the_whole_forward_each_time():
     assert len(got) == 30 or int(model(torch.tensor([ids])).logits[0, -1].argmax()) == 2
 
 
-def test_seed_decides_and_training_mode_stays():
-    model, tokenizer = byte_model(), Bytes()
+def test_the_seed_decides_and_the_training_mode_stays():
+    model, tokenizer = byte_model(), ByteTokenizer()
     model.train()
-    one, same, other = (list(generate(model, tokenizer, "a", Sampling(20, seed=s))) for s in (1, 1, 2))
-    assert one == same != other
+    first, same, other = (list(generate(model, tokenizer, "a", Sampling(20, seed=s))) for s in (1, 1, 2))
+    assert first == same != other
     assert model.training
     model.eval()
     list(generate(model, tokenizer, "a", Sampling(2)))
@@ -66,42 +68,42 @@ def test_seed_decides_and_training_mode_stays():
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
-def test_prompts_together_are_as_each_alone(temperature):
-    """Of unequal lengths, around a chunk of 8; each ends by itself and draws from a generator of its own."""
-    model, tokenizer = byte_model(attention_chunk=8, max_seq_len=40, temperature_floor=4, nope_every=2), Bytes()
-    model.double().compute_dtype = torch.float64  # so that rounding turns no draw
+def test_a_batch_generates_the_story_of_each_prompt_alone(temperature):
+    """The lengths differ, around a chunk of 8. Each story ends by itself and has its own random generator."""
+    model, tokenizer = byte_model(attention_chunk=8, max_seq_len=40, temperature_floor=4, nope_every=2), ByteTokenizer()
+    model.double().compute_dtype = torch.float64  # so that rounding changes no token
     with torch.no_grad():
         model.head.weight[tokenizer.eos] *= 3
     prompts = ["", "Tom ran", "a", "Mia saw a dog and", "abcdefg", "Tom ran", "x" * 38]
     keys = dict(temperature=temperature, top_p=0.95, repetition_penalty=1.1)
     together = [[] for _ in prompts]
-    for row, token in generate_batch(model, tokenizer, prompts, Sampling(30, seed=5, **keys)):
-        together[row].append(token)
+    for number, token in generate_batch(model, tokenizer, prompts, Sampling(30, seed=5, **keys)):
+        together[number].append(token)
     alone = [list(generate(model, tokenizer, p, Sampling(30, seed=5 + i, **keys))) for i, p in enumerate(prompts)]
     assert together == alone
     assert len({len(story) for story in alone}) > 2 and (temperature == 0) == (together[1] == together[5])
     assert list(generate_batch(model, tokenizer, [], Sampling())) == []
 
 
-def test_whoever_takes_tokens_keeps_gradients_on():
+def test_gradients_stay_enabled_between_the_tokens():
     model = byte_model()
-    for _ in generate(model, Bytes(), "a", Sampling(3, seed=1)):
+    for _ in generate(model, ByteTokenizer(), "a", Sampling(3, seed=1)):
         assert torch.is_grad_enabled()
         assert model(torch.tensor([[1, 5, 6]]), torch.tensor([[5, 6, 7]])).loss.requires_grad
 
 
-def test_it_ends_at_the_models_length():
-    model, tokenizer = byte_model(max_seq_len=10), Bytes()
+def test_a_story_ends_at_the_longest_length_of_the_model():
+    model, tokenizer = byte_model(max_seq_len=10), ByteTokenizer()
     model.head.weight.data[2] *= 1e-3  # no eos
     tokens = list(generate(model, tokenizer, "abc", Sampling(100, temperature=0)))
     assert len(tokens) == 7
     assert len(list(generate(model, tokenizer, "abcdefghi", Sampling(100, temperature=0)))) == 1
-    with pytest.raises(UserError, match="--prompt: 11 tokens, the model takes at most 10"):
+    with pytest.raises(UserError, match="--prompt: has 11 tokens, but the model accepts at most 10"):
         list(generate(model, tokenizer, "abcdefghij", Sampling()))
 
 
-def test_never_a_control_token_and_stops_at_eos():
-    model, tokenizer = byte_model(), Bytes()
+def test_control_tokens_are_never_chosen_and_eos_ends():
+    model, tokenizer = byte_model(), ByteTokenizer()
     with torch.no_grad():
         model.head.weight.zero_()
     tokens = [t for s in range(20) for t in generate(model, tokenizer, "", Sampling(40, 1.0, seed=s))]
@@ -131,8 +133,7 @@ def test_top_k_and_top_p_keep_only_the_likeliest(seed, top_k, top_p):
     assert drawn <= allowed
 
 
-def test_top_p_of_many_likely_tokens_takes_them_all():
-    """More than are sorted at first."""
+def test_top_p_keeps_more_tokens_than_it_sorts_first():
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature=1.0, top_p=0.5)
     drawn = {choose(torch.linspace(0, 1e-3, 1000), [], sampling, generator) for _ in range(3000)}
@@ -145,7 +146,7 @@ def test_a_temperature_near_zero_is_greedy():
         assert choose(logits.clone(), [], Sampling(temperature=temperature), torch.Generator()) == 3
 
 
-def test_repetition_penalty_weakens_what_was_seen():
+def test_the_repetition_penalty_lowers_seen_tokens():
     logits = torch.tensor([2.0, 1.9, -1.0, -1.1])
     greedy = Sampling(temperature=0, repetition_penalty=1.2)
     assert choose(logits.clone(), [0], greedy, torch.Generator()) == 1
@@ -169,27 +170,27 @@ def test_repetition_penalty_weakens_what_was_seen():
 )
 def test_values_out_of_range_are_refused(bad):
     name, value = bad.split("=")
-    with pytest.raises(UserError, match=rf"{name} {value}.*: out of range"):
+    with pytest.raises(UserError, match=rf"{name} {value}.*: out of range; should be "):
         main(["--checkpoint", "nowhere", bad])
     with pytest.raises(UserError, match="argument --top-k: invalid int value: 'many'"):
         main(["--checkpoint", "nowhere", "--top-k", "many"])
 
 
-def test_text_comes_in_whole_characters(loaded):
+def test_text_is_streamed_in_whole_characters(loaded):
     model, tokenizer, _ = loaded
-    pieces = list(text_of(model, tokenizer, "Once \U0001f600", Sampling(60, temperature=3.0, seed=3)))
+    pieces = list(generate_text(model, tokenizer, "Once \U0001f600", Sampling(60, temperature=3.0, seed=3)))
     ids = list(generate(model, tokenizer, "Once \U0001f600", Sampling(60, temperature=3.0, seed=3)))
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
-def test_the_command_writes_story_to_stdout_and_the_rest_to_stderr(run, capsys):
+def test_the_command_prints_only_the_story_to_stdout(run, capsys):
     assert main(["--checkpoint", str(run), "--prompt", "Once", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("Once") and captured.out.endswith("\n")
     assert "step-00000003: step 3" in captured.err
 
 
-def test_a_reader_that_has_enough_ends_it(run):
+def test_the_command_ends_when_the_reader_closes_the_pipe(run):
     command = [sys.executable, "-m", "trainer.generate", "--checkpoint", str(run), "--max-new-tokens", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.read(1) == "O"
@@ -197,22 +198,22 @@ def test_a_reader_that_has_enough_ends_it(run):
         assert process.wait(200) == 0 and "Traceback" not in process.stderr.read()
 
 
-def test_the_command_with_several_prompts_prints_their_stories_one_after_the_other(run, capsys):
+def test_the_command_prints_the_stories_of_several_prompts(run, capsys):
     words = ["--checkpoint", str(run), "--max-new-tokens", "9", "--temperature", "0"]
     alone = []
     for prompt in ("Once", "Tom and", ""):
         assert main([*words, "--prompt", prompt]) == 0
         alone.append(capsys.readouterr().out.removesuffix("\n"))
     assert main([*words, "--prompt", "Once", "--prompt", "Tom and", "--prompt", ""]) == 0
-    assert capsys.readouterr().out == BETWEEN.join(alone) + "\n"
-    with pytest.raises(UserError, match="--prompt: .* tokens, the model takes at most 512"):
+    assert capsys.readouterr().out == SEPARATOR.join(alone) + "\n"
+    with pytest.raises(UserError, match="--prompt: has .* tokens, but the model accepts at most 512"):
         main([*words, "--prompt", "Once", "--prompt", "Tom " * 600])
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "other", "unfinished"])
-def test_a_wrong_path_is_one_line(run, tmp_path, damage):
+def test_an_unusable_checkpoint_is_reported_in_one_line(run, tmp_path, damage):
     path = tmp_path / "run"
     if damage != "missing":
         shutil.copytree(run, path)

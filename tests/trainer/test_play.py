@@ -1,3 +1,5 @@
+"""The page that shows the experts of each token: its HTML, its colours, and a visit by a real browser."""
+
 import itertools
 import json
 import math
@@ -22,18 +24,18 @@ from tests.support.browser import Browser
 from trainer import play
 from trainer.cli import guarded
 from trainer.generate import Sampling
-from trainer.play import Routes, Story, colour, markup, spans, style, write
+from trainer.play import RoutingRecorder, Story, colour, spans, story_html, stylesheet, write_story
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# in processes of its own: gradio warns, and warnings are errors here
+# These tests start another process, because gradio warns, and pytest makes errors of warnings.
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="the extra `play` is not installed")
 NAME = "<img src=x onerror=hit()>"
 HOSTILE = '<script>hit()</script><img src=x onerror="hit()"> &amp; "\' ${hit()} {{hit}} <b>é🙂</b>\n\tTom'
 
 
 @pytest.fixture(autouse=True)
-def gradients():
-    """Stories by turns leave the thread without gradients: `no_grad` of one ends within another's."""
+def enable_gradients():
+    """Stories that are generated in turn may leave `no_grad` on, because the `no_grad` blocks of two can overlap."""
     yield
     torch.set_grad_enabled(True)
 
@@ -60,7 +62,7 @@ def model_of(tokenizer, **keys):
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_spans_hold_all_of_the_text_and_whole_characters(tokenizer, data):
+def test_spans_hold_the_whole_text_in_whole_characters(tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     parts = list(spans(tokenizer, ids))
     assert "".join(part.text for part in parts) == tokenizer.decode(ids)
@@ -70,16 +72,16 @@ def test_spans_hold_all_of_the_text_and_whole_characters(tokenizer, data):
     assert all("\ufffd" not in part.text or "\ufffd" in text for part in spans(tokenizer, tokenizer.encode(text)))
 
 
-def test_tokens_that_share_a_character_share_a_span_and_wait_for_its_end(tokenizer):
+def test_tokens_that_share_a_character_share_a_span(tokenizer):
     ids = tokenizer.encode("a🙂b")
     assert len(ids) == 6
     assert [tuple(part) for part in spans(tokenizer, ids)] == [("a", 0, 1), ("🙂", 1, 5), ("b", 5, 6)]
-    assert [part.text for part in spans(tokenizer, ids[:4], ended=False)] == ["a"]
+    assert [part.text for part in spans(tokenizer, ids[:4], is_complete=False)] == ["a"]
     assert "".join(part.text for part in spans(tokenizer, ids[:4])) == "a\ufffd\ufffd\ufffd"
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_31_colours_can_be_told_apart_and_read_on(dark):
+def test_31_colours_are_distinct_and_text_is_legible_on_them(dark):
     def lab(expert):
         lightness, chroma, hue = colour(expert, 31, dark)
         return lightness, chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
@@ -93,7 +95,7 @@ def test_31_colours_can_be_told_apart_and_read_on(dark):
         rgb = [min(1, max(0, sum(x * y for x, y in zip(row, cones, strict=True)))) for row in rows]
         return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
 
-    # the eye's least difference is about 0.02
+    # the smallest difference that an eye can see is about 0.02
     assert min(math.dist(lab(a), lab(b)) for a, b in itertools.combinations(range(31), 2)) > 0.025
     assert min(math.dist(lab(a), lab(a + 1)) for a in range(30)) > 0.08
     text = 0.9 if dark else 0.02  # luminance of the page's letters, about
@@ -102,64 +104,66 @@ def test_31_colours_can_be_told_apart_and_read_on(dark):
         assert (high + 0.05) / (low + 0.05) > 4.5, expert
 
 
-def test_a_story_has_the_experts_of_a_whole_forward(tokenizer):
-    """Of two stories that are written by turns, in the layers that have experts."""
+def test_a_story_has_the_experts_of_one_forward(tokenizer):
+    """Two stories are generated in turn. Only layers 1 and 3 have experts."""
     model = model_of(tokenizer)
-    routes = Routes(model)
-    assert routes.layers == [1, 3]
-    told = [(Story(1), "Tom ran", Sampling(20, seed=1)), (Story(3), "a🙂", Sampling(30, seed=2))]
-    play_on = [write(story, model, tokenizer, routes, prompt, sampling) for story, prompt, sampling in told]
-    for _ in itertools.zip_longest(*play_on):
+    recorder = RoutingRecorder(model)
+    assert recorder.layers == [1, 3]
+    stories = [(Story(1), "Tom ran", Sampling(20, seed=1)), (Story(3), "a🙂", Sampling(30, seed=2))]
+    writers = [write_story(story, model, tokenizer, recorder, prompt, sampling) for story, prompt, sampling in stories]
+    for _ in itertools.zip_longest(*writers):
         pass
-    for story, prompt, _ in told:
-        assert story.ids[: story.prompt] == tokenizer.encode(prompt) and len(story.ids) > story.prompt
+    for story, prompt, _ in stories:
+        assert story.ids[: story.n_prompt] == tokenizer.encode(prompt) and len(story.ids) > story.n_prompt
         tokens = [tokenizer.bos, *story.ids]
-        _, whole = routes.step(model(torch.tensor([tokens])).logits for _ in range(1))
+        _, expected = recorder.next_token(model(torch.tensor([tokens])).logits for _ in range(1))
         for layer in (1, 3):
-            assert len(story.experts[layer]) >= len(tokens) - 1  # all but the last, where a limit ended the story
-            assert story.experts[layer] == whole[layer][: len(story.experts[layer])]
+            # at a limit, the last token was not an input of the model
+            assert len(story.experts[layer]) >= len(tokens) - 1
+            assert story.experts[layer] == expected[layer][: len(story.experts[layer])]
 
 
-def test_markup_escapes_and_names_the_experts_of_the_layer_that_is_shown(tokenizer):
+def test_html_is_escaped_and_names_the_experts_of_the_layer(tokenizer):
     model = model_of(tokenizer)
     story = Story(1)
-    for _ in write(story, model, tokenizer, Routes(model), HOSTILE, Sampling(5)):
-        html = markup(story, tokenizer, 31)
+    for _ in write_story(story, model, tokenizer, RoutingRecorder(model), HOSTILE, Sampling(5)):
+        html = story_html(story, tokenizer, 31)
         assert "<script" not in html and "<img" not in html and "<b>" not in html
-    other = Story(3, story.ids, story.experts, story.prompt, story.note)
+    other = Story(3, story.ids, story.experts, story.n_prompt, story.status)
     for shown in (story, other):
-        html = markup(shown, tokenizer, 31)
-        best, second = shown.experts[shown.layer][1]
+        html = story_html(shown, tokenizer, 31)
+        best, second = shown.experts[shown.shown_layer][1]
         assert (
             f'<div id="story"><span class="prompt e{best} f{second}" title="&quot;&lt;&quot;\n'
-            f'layer {shown.layer}: experts {best}, {second}">&lt;</span>'
+            f'layer {shown.shown_layer}: experts {best}, {second}">&lt;</span>'
         ) in html
         assert html.count("idle") < 31 == html.count('tokens">')
-    assert "layer 3: no expert has seen it yet" in html
-    assert all(f".e{expert} {{" in style(31) and f".dark .f{expert} {{" in style(31) for expert in range(31))
+    assert "layer 3: not processed by an expert yet" in html
+    css = stylesheet(31)
+    assert all(f".e{expert} {{" in css and f".dark .f{expert} {{" in css for expert in range(31))
 
 
-def test_a_dense_model_writes_without_colours(tokenizer):
+def test_the_story_of_a_dense_model_has_no_colours(tokenizer):
     model = model_of(tokenizer, moe_every=5)
-    routes, story = Routes(model), Story()
-    list(write(story, model, tokenizer, routes, "Tom", Sampling(5)))
-    html = markup(story, tokenizer, 31)
-    assert routes.layers == [] and '<span class="prompt" title="&quot;T' in html and "expert" not in html
+    recorder, story = RoutingRecorder(model), Story()
+    list(write_story(story, model, tokenizer, recorder, "Tom", Sampling(5)))
+    html = story_html(story, tokenizer, 31)
+    assert recorder.layers == [] and '<span class="prompt" title="&quot;T' in html and "expert" not in html
 
 
 def test_a_story_can_be_stopped(tokenizer):
     model, story = model_of(tokenizer), Story(1)
-    for _ in write(story, model, tokenizer, Routes(model), "Tom", Sampling(100)):
-        story.stop = True
-    assert len(story.ids) == story.prompt + 1 and story.note == "1 token" and not story.running
-    left = write(story, model, tokenizer, Routes(model), "Tom", Sampling(100))
-    next(left)
-    left.close()  # as when the visitor goes
-    assert not story.running and not story.stop
+    for _ in write_story(story, model, tokenizer, RoutingRecorder(model), "Tom", Sampling(100)):
+        story.stop_requested = True
+    assert len(story.ids) == story.n_prompt + 1 and story.status == "1 token" and not story.is_running
+    writer = write_story(story, model, tokenizer, RoutingRecorder(model), "Tom", Sampling(100))
+    next(writer)
+    writer.close()  # as if the visitor closed the page
+    assert not story.is_running and not story.stop_requested
 
 
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
-    def said(*words):
+def test_each_mistake_is_reported_in_one_line(tmp_path, monkeypatch, capfd):
+    def error(*words):
         assert guarded(lambda: play.main(["--checkpoint", str(tmp_path), *words])) == 2
         return capfd.readouterr().err
 
@@ -167,12 +171,17 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
     with play.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setitem(sys.modules, "gradio", None)
-        assert said() == "the page needs gradio, which is not installed: pip install -e '.[play]'\n"
+        assert error() == "the page needs gradio, which is not installed: pip install -e '.[play]'\n"
         monkeypatch.setitem(sys.modules, "gradio", sys)
-        assert said("--port", str(port)).startswith(f"--port {port}: address already in use at 127.0.0.1; give another")
-        assert said("--port", "70000") == "--port 70000: give one from 1 to 65535, or 0 for any that is free\n"
-        assert said("--host", "192.0.2.1").startswith("--host 192.0.2.1: ")
-        assert str(tmp_path) in (line := said("--port", "0")) and line.count("\n") == 1
+        assert error("--port", str(port)).startswith(
+            f"--port {port}: address already in use at 127.0.0.1; give another"
+        )
+        assert error("--port", "70000") == "--port 70000: should be from 1 to 65535, or 0 for any free port\n"
+        assert error("--host", "192.0.2.1").startswith("--host 192.0.2.1: cannot listen at this address (")
+        line = error("--port", "0")
+        assert str(tmp_path) in line and line.count("\n") == 1
+        monkeypatch.setattr(play, "PORTS", range(port, port + 1))
+        assert error() == f"none of the ports {port} to {port} is free at 127.0.0.1; give another one by --port\n"
         monkeypatch.setattr(play, "PORTS", range(port, port + 9))
         with play.listen("127.0.0.1", None) as free:
             assert free.getsockname()[1] in range(port + 1, port + 9)
@@ -181,38 +190,40 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capfd):
 DENSE = """
 from model.config import ModelConfig
 from model.transformer import Transformer
-from trainer.play import page
+from trainer.play import build_page
 model = Transformer(ModelConfig(dim=16, n_layers=2, n_heads=2, moe_every=5), 320)
-print([c["props"]["visible"] for c in page(model, None, "<x>").config["components"] if c["type"] == "radio"])
+print([c["props"]["visible"] for c in build_page(model, None, "<x>").config["components"] if c["type"] == "radio"])
 """
 
 
 @pytest.mark.slow
 @needs_gradio
-def test_a_dense_models_page_has_no_choice_of_layer():
+def test_the_page_of_a_dense_model_offers_no_layers():
     done = subprocess.run([sys.executable, "-c", DENSE], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "[False]\n"), done.stderr
 
 
-GUARD = """import os, sys
-log = os.open(os.environ["ASKED"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.write(log, b"watching\\n")
-def hear(event, words):
+# a sitecustomize.py that logs each address that the process connects to or looks up
+LOG_CONNECTIONS = """import os, sys
+log = os.open(os.environ["CONNECTIONS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.write(log, b"started\\n")
+def hook(event, args):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
-        os.write(log, repr((event, words[1] if event == "socket.connect" else words)).encode() + b"\\n")
-sys.addaudithook(hear)
+        os.write(log, repr((event, args[1] if event == "socket.connect" else args)).encode() + b"\\n")
+sys.addaudithook(hook)
 """
 
 
 @pytest.fixture
 def server(run, tmp_path):
-    """The command, and the files of what it says and of whom it asks."""
-    (tmp_path / "sitecustomize.py").write_text(GUARD)
+    """The command; its stderr goes to the file `stderr`, and the addresses it connects to go to `connections`."""
+    (tmp_path / "sitecustomize.py").write_text(LOG_CONNECTIONS)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "ASKED": str(tmp_path / "asked"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment["CONNECTIONS"] = str(tmp_path / "connections")
     words = [sys.executable, "-m", "trainer.play", "--checkpoint", str(run), "--port", "0"]
-    with (tmp_path / "said").open("wb") as said:
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=said, text=True)
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
     yield process
     process.kill()
     process.communicate()
@@ -230,33 +241,34 @@ TEXT = "document.querySelector('#story').textContent"
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_the_page_in_a_browser(server, tmp_path):
     url = server.stdout.readline().strip()
-    assert url.startswith("http://127.0.0.1:"), (tmp_path / "said").read_text()
+    assert url.startswith("http://127.0.0.1:"), (tmp_path / "stderr").read_text()
     browser = Browser(CHROMIUM, tmp_path / "profile")
     try:
-        browser.size(1000, 800)
+        browser.set_size(1000, 800)
         browser.call("Page.addScriptToEvaluateOnNewDocument", source="window.hit = () => { window.wasHit = true }")
-        browser.go(url)
-        hostile_story(browser)
+        browser.navigate(url)
+        write_hostile_story(browser)
         browser.screenshot(tmp_path / "play.png")
         assert (tmp_path / "play.png").read_bytes().startswith(b"\x89PNG")
-        other_layer(browser)
-        stop_and_leave(browser, url, tmp_path / "said")
+        show_another_layer(browser)
+        stop_and_leave(browser, url, tmp_path / "stderr")
         for event in browser.events:
             assert event["method"] != "Runtime.exceptionThrown", event
             if event["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
-                asked = event["params"].get("request", event["params"])["url"]
-                assert asked.startswith(("data:", f"{url}/")), asked
+                requested = event["params"].get("request", event["params"])["url"]
+                assert requested.startswith(("data:", f"{url}/")), requested
     finally:
         browser.close()
     server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0 and server.stdout.read() == ""
-    said = (tmp_path / "said").read_text()
-    assert said.endswith("the page is closed\n") and "Traceback" not in said, said
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked[0] == "watching" and all("127.0.0.1" in line or line == "watching" for line in asked), asked
+    stderr = (tmp_path / "stderr").read_text()
+    assert stderr.endswith("the page is closed\n") and "Traceback" not in stderr, stderr
+    connections = (tmp_path / "connections").read_text().splitlines()
+    assert connections[0] == "started"
+    assert all("127.0.0.1" in line or line == "started" for line in connections), connections
 
 
-def hostile_story(browser):
+def write_hostile_story(browser):
     browser.wait("!!document.querySelector('#write') && !!document.querySelector('#prompt textarea')")
     assert browser.run("document.querySelector('#head b').textContent") == browser.run("document.title") == NAME
     browser.type("#prompt textarea", HOSTILE)
@@ -284,8 +296,8 @@ def hostile_story(browser):
         assert (part["colour"], part["line"]) == (colours[best], colours[second.replace("f", "e")])
 
 
-def other_layer(browser):
-    """Of four, 1 and 3 have experts. The story is the same, its colours are others; also while it is written."""
+def show_another_layer(browser):
+    """Layers 1 and 3 have experts. The story keeps its text and changes its colours, also while it is written."""
     before = browser.run(SPANS)
     assert browser.run("[...document.querySelectorAll('input[type=radio]')].map(e => e.value)") == ["1", "3"]
     browser.click("input[type=radio][value='3']")
@@ -301,25 +313,27 @@ def other_layer(browser):
     assert browser.run("!!document.querySelector('#story.running')")
 
 
-def stop_and_leave(browser, url, said):
-    """A story ends where it is stopped, and when its reader closes the tab; a prompt that is too long is said so."""
+def stop_and_leave(browser, url, stderr):
+    """A story ends when it is stopped, and when the visitor closes the tab. A prompt that is too long is reported."""
     browser.click("#stop")
     browser.wait(f"/^\\d+ token/.test({NOTE})")
     count = int(browser.run(NOTE).split()[0])
-    assert 0 < count < 2000 and said.read_text().endswith(f"a story of {count} tokens\n")
+    assert 0 < count < 2000 and stderr.read_text().endswith(f"generated {count} tokens\n")
     browser.click("#write")
     browser.wait("!!document.querySelector('#story.running')")
-    told = len(said.read_text().splitlines())
+    n_lines = len(stderr.read_text().splitlines())
     browser.close_tab()
     browser.open()
     end = time.monotonic() + 60
-    while len(lines := said.read_text().splitlines()) == told:
+    while len(lines := stderr.read_text().splitlines()) == n_lines:
         assert time.monotonic() < end
         time.sleep(0.1)
-    assert int(lines[-1].split()[3]) < 2000
-    browser.go(url)
+    assert int(lines[-1].split()[1]) < 2000
+    browser.navigate(url)
     browser.wait("!!document.querySelector('#write') && !!document.querySelector('#prompt textarea')")
-    assert browser.run(TEXT) == ""  # the story was another visitor's
+    assert browser.run(TEXT) == ""  # a reload is a new visitor
     browser.type("#prompt textarea", "1" * 5000)
     browser.click("#write")
-    assert browser.wait(f"/^prompt: /.test({NOTE}) && {NOTE}").endswith("the model takes at most 4000")
+    assert browser.wait(f"/^prompt: /.test({NOTE}) && {NOTE}").endswith(
+        "but the model accepts at most 4000; give a shorter one"
+    )

@@ -1,9 +1,14 @@
-"""Out to the Hugging Face layout, and in from it: `Llama4ForCausalLM` of transformers computes the same numbers.
+"""Export to the Hugging Face layout and import from it, so that other tools can use the weights of a run.
 
     python -m trainer.hub export --checkpoint runs/tiny --out tiny-hf
     python -m trainer.hub import --from tiny-hf --out runs/again
 
-An export streams: one tensor at a time, whatever mesh wrote the checkpoint. It is plain Llama 4 where Llama 4 can say
-all that the model is; else it brings a small modelling file with it (`modeling_llama4_biased.py`), and says why.
-`train.init_from` begins a run with the weights of such a folder or of a checkpoint, each rank reading its own part.
+`Llama4ForCausalLM` of transformers computes the same numbers from an exported folder. If the model has something that
+Llama 4 does not have, the export contains a small modelling file (`modeling_llama4_biased.py`) and the command prints
+the reason.
+`train.init_from` starts a run with the weights of such a folder or of a checkpoint; each rank reads its own part.
+docs/hub.md is the user's manual.
+
+`mapping.py` maps names and settings, `files.py` reads and writes the files, `export.py` and `importer.py` are the two
+directions, and `tokenizer.py` converts the tokenizer.
 """

@@ -1,8 +1,10 @@
-"""Folders in the Hugging Face layout: safetensors in several files with an index, and config.json.
+"""Folders in the Hugging Face layout: config.json, and safetensors in one file or in several files with an index.
 
-Reading trusts nothing: an index names plain files inside the folder, safetensors checks the header of each before any
-tensor is touched, shapes are known before memory is asked for, and no code or pickle is ever looked at. Writing holds
-one piece of one tensor at a time.
+`importer.py` reads such folders with `Folder`, and `export.py` writes them with `write_shards`.
+
+Reading trusts nothing. The index may name only plain files inside the folder, safetensors checks the header of each
+file before any tensor is read, shapes are known before memory is allocated, and neither code nor pickles are ever
+opened. Writing holds one part of one tensor at a time.
 """
 
 import json
@@ -20,67 +22,77 @@ from torch import Tensor
 from data.settings import UserError
 from model.random import Window
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-SMALL = 1 << 26  # bytes of a JSON file, at most
+CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MAX_JSON_BYTES = 1 << 26
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-BUFFER = 1 << 24  # bytes that are cast and written at a time
+WRITE_BYTES = 1 << 24  # converted and written at a time
 
 
 class Folder:
-    """A folder in that layout, opened for reading: `config` and, by tensor, `shapes`. Raises UserError."""
+    """A folder in the Hugging Face layout, opened for reading.
+
+    `config` is the content of its config.json; `shapes` and `dtypes` describe its tensors by name. Raises UserError if
+    a file is missing or is not what it should be.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = read_json(path / CONFIG)
+        self.config = read_json(path / CONFIG_FILE)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}  # as safetensors spells them: F32, BF16
-        self._files: dict[str, Any] = {}  # of each tensor
-        for name in self._names():
-            self._open(name)
+        self.dtypes: dict[str, str] = {}  # as safetensors names them, such as F32 and BF16
+        self._files: dict[str, Any] = {}  # the open file that holds each tensor
+        for file_name in self._file_names():
+            self._open(file_name)
 
-    def _names(self) -> list[str]:
-        if not (self.path / INDEX).is_file():
-            return [SINGLE]
-        index = read_json(self.path / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise UserError(f"{self.path / INDEX}: has no weight_map of file names")
-        return sorted(set(index.values()))
+    def _file_names(self) -> list[str]:
+        """The files of weights, as the index names them; without an index there is a single file."""
+        index_path = self.path / INDEX_FILE
+        if not index_path.is_file():
+            return [SINGLE_FILE]
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index_path}: weight_map is missing, or does not map each tensor to a file name")
+        return sorted(set(weight_map.values()))
 
-    def _open(self, name: str) -> None:
-        path = self._inside(name)
+    def _open(self, file_name: str) -> None:
+        path = self._checked_path(file_name)
         try:
             file = safe_open(path, framework="pt")
             for tensor in file.keys():
                 if tensor in self._files:
-                    raise UserError(f"{path}: {tensor} is in another file too")
+                    raise UserError(f"{path}: tensor {tensor} is also in another file of the folder")
+                header = file.get_slice(tensor)
                 self._files[tensor] = file
-                part = file.get_slice(tensor)
-                self.shapes[tensor], self.dtypes[tensor] = tuple(part.get_shape()), part.get_dtype()
+                self.shapes[tensor] = tuple(header.get_shape())
+                self.dtypes[tensor] = header.get_dtype()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
 
-    def _inside(self, name: str) -> Path:
-        """The path of a plain file name. A link may lead to where the hub's own cache keeps files, nowhere else."""
-        path, home = self.path / name, self.path.resolve()
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
-            raise UserError(f"{self.path / INDEX}: {name!r} is no plain file name")
+    def _checked_path(self, file_name: str) -> Path:
+        """The path of a file of the folder. A link may lead only to where the hub's own cache keeps files."""
+        path, folder = self.path / file_name, self.path.resolve()
+        has_separator = file_name != os.path.basename(file_name) or "\\" in file_name
+        if has_separator or file_name in ("", ".", "..") or "\0" in file_name:
+            raise UserError(f"{self.path / INDEX_FILE}: {file_name!r} is not a plain file name")
         if not path.is_file():
-            raise UserError(f"{path}: no such file" + ("" if name != SINGLE else f", and no {INDEX}"))
-        if path.resolve().parent not in (home, blobs):
-            raise UserError(f"{path}: a link that leads out of the folder")
+            hint = f", and no {INDEX_FILE} that names other files" if file_name == SINGLE_FILE else ""
+            raise UserError(f"{path}: no such file{hint}")
+        is_hub_cache = folder.parent.name == "snapshots"
+        allowed = {folder, folder.parent.parent / "blobs"} if is_hub_cache else {folder}
+        if path.resolve().parent not in allowed:
+            raise UserError(f"{path}: a link to a file outside of the folder; only links of the hub cache are followed")
         return path
 
     def read(self, name: str, window: Window) -> Tensor:
-        """`window` of a tensor."""
-        return self._files[name].get_slice(name)[tuple(slice(a, b) for a, b in window)]
+        """The part of a tensor that `window` gives as (start, stop) in each dimension."""
+        return self._files[name].get_slice(name)[tuple(slice(start, stop) for start, stop in window)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds an object. Raises UserError."""
+    """The object in a JSON file. Raises UserError if the file is missing, damaged or too large, or is not an object."""
     try:
-        if path.stat().st_size > SMALL:
-            raise UserError(f"{path}: larger than {SMALL:,} bytes")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes, which is too large for this file")
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
@@ -94,8 +106,8 @@ def write_json(path: Path, content: object) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor to be written."""
+class ShardTensor:
+    """A tensor that `write_shards` writes."""
 
     name: str
     dtype: torch.dtype
@@ -109,7 +121,9 @@ class Entry:
 
 @dataclass
 class _File:
-    entries: list[Entry] = field(default_factory=list)
+    """A file of weights that is to be written."""
+
+    entries: list[ShardTensor] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -133,38 +147,42 @@ class _File:
         return start, {name: len(start) + place for name, place in places.items()}
 
 
-def write_shards(folder: Path, entries: Sequence[Entry], content: Iterable[tuple[str, Tensor]], limit: int) -> int:
-    """Write tensors into files of at most `limit` bytes (a larger tensor has one of its own), and their index.
+def write_shards(
+    folder: Path, entries: Sequence[ShardTensor], tensors: Iterable[tuple[str, Tensor]], max_bytes: int
+) -> int:
+    """Write tensors into files of at most `max_bytes` bytes of tensors, and the index if there are several files.
 
-    `content` gives each tensor once, in the order of the entries. Returns the number of files.
+    A tensor that is larger than `max_bytes` has its own file. `tensors` yields (name, tensor) once for each
+    entry, in the order of the entries. Returns the number of files.
     """
     files = [_File()]
     for entry in entries:
-        if files[-1].entries and files[-1].size + entry.size > limit:
+        if files[-1].entries and files[-1].size + entry.size > max_bytes:
             files.append(_File())
         files[-1].entries.append(entry)
-    given, index = iter(content), {}
+    remaining = iter(tensors)
+    weight_map = {}
     for number, file in enumerate(files, start=1):
-        name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file_name = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         header, places = file.layout()
-        with (folder / name).open("wb") as out:
+        with (folder / file_name).open("wb") as out:
             out.write(header)
             out.truncate(len(header) + file.size)
             for entry in file.entries:
-                tensor_name, tensor = next(given)
-                assert (tensor_name, tuple(tensor.shape)) == (entry.name, entry.shape), (tensor_name, entry)
-                out.seek(places[entry.name])
+                name, tensor = next(remaining)
+                assert (name, tuple(tensor.shape)) == (entry.name, entry.shape), (name, entry)
+                out.seek(places[name])
                 for part in _parts(tensor):
                     out.write(part.to(entry.dtype).view(torch.uint8).numpy().data)
-                del tensor, part  # before the next one comes
-                index[entry.name] = name
-    assert next(given, None) is None
+                del tensor, part  # frees this tensor before the next one is read
+                weight_map[name] = file_name
+    assert next(remaining, None) is None
     if len(files) > 1:
-        total = sum(file.size for file in files)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        total_bytes = sum(file.size for file in files)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return len(files)
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor by flat runs of BUFFER bytes."""
-    return iter(tensor.contiguous().flatten().split(BUFFER // tensor.dtype.itemsize))
+    """A tensor as flat parts of WRITE_BYTES bytes."""
+    return iter(tensor.contiguous().flatten().split(WRITE_BYTES // tensor.dtype.itemsize))

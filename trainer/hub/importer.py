@@ -1,7 +1,8 @@
-"""Weights in: from a folder in the Hugging Face layout, or a checkpoint, into a model on any mesh.
+"""Reads the weights of a folder in the Hugging Face layout, or of a checkpoint, into a model on any mesh.
 
-Names and shapes are compared with what config.json says before memory is asked for; then each rank reads its own part.
-`import_folder` makes a checkpoint of such a folder, in one process.
+`initial_weights` serves `train.init_from`: a new run starts with weights that exist. `import_folder` is the command
+`python -m trainer.hub import`, which converts a folder to a checkpoint in one process. Both compare names and shapes
+with config.json before they allocate memory; then each rank reads only its own part.
 """
 
 import os
@@ -23,130 +24,167 @@ from trainer.checkpoint.folder import TOKENIZER, resolve_checkpoint
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.config import SECTION_TYPES, CheckpointConfig
-from trainer.hub.files import CONFIG, Folder
-from trainer.hub.mapping import differences, from_llama, pieces, whole_shapes
+from trainer.hub.files import CONFIG_FILE, Folder
+from trainer.hub.mapping import differences, from_hf_config, tensor_shapes, tensor_slices
 
-FLOATS = ("F32", "BF16", "F16", "F64")
+FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
+TEXT_PREFIX = "language_model."  # in a multimodal model the names of the text model's tensors begin with it
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights that a run begins with: what is to be said of them, and what puts them into its model."""
+    """Weights for a new run. `fill` copies them into its model; `notes` are lines to log about them."""
 
     notes: list[str]
     fill: Callable[[Transformer], object]
 
 
-def initial_weights(where: str, config: ModelConfig, vocab_size: int) -> InitialWeights:
-    """What `train.init_from` names: a folder in their layout, a checkpoint, or a run's newest. Raises UserError."""
-    path, key = Path(where), f"train.init_from={where}"
+def initial_weights(source: str, config: ModelConfig, vocab_size: int) -> InitialWeights:
+    """The weights that `train.init_from=source` names: a folder in the Hugging Face layout, a checkpoint, or a run.
+
+    Of a run it is the newest checkpoint. Raises UserError if there is none, or if a model of `config` and `vocab_size`
+    has tensors of other shapes.
+    """
+    path, setting = Path(source), f"train.init_from={source}"
     fill: Callable[[Transformer], object]
     try:
-        if (path / CONFIG).is_file():
-            theirs = HFCheckpoint(path)
-            there, size, fill = theirs.model, theirs.vocab_size, theirs.fill
+        if (path / CONFIG_FILE).is_file():
+            folder = HFCheckpoint(path)
+            found_config, found_vocab_size, fill = folder.model, folder.vocab_size, folder.fill
         else:
-            found, _ = resolve_checkpoint(path)
-            manifest = found.manifest
-            there, size = check(ModelConfig, "model", manifest["config"]["model"]), manifest["vocab_size"]
-            fill = lambda model: load_checkpoint(found, model, others=False)  # noqa: E731
+            found_config, found_vocab_size, fill = _checkpoint_weights(path)
     except UserError as error:
         why = str(error).removeprefix("--checkpoint ").removeprefix(f"{path}: ")
-        raise UserError(f"{key}: {why}") from None
-    other = differences(there, config)
-    if whole_shapes(there, size) != whole_shapes(config, vocab_size):
-        if size != vocab_size:
-            other.insert(0, f"the vocabulary is {size} there, {vocab_size} in the corpus's tokenizer")
-        raise UserError(f"{key}: another model ({'; '.join(other)})")
-    return InitialWeights([f"weights from {where}", *(f"not as in {where}: {each}" for each in other)], fill)
+        raise UserError(f"{setting}: {why}") from None
+    different = differences(found_config, config)
+    if tensor_shapes(found_config, found_vocab_size) != tensor_shapes(config, vocab_size):
+        if found_vocab_size != vocab_size:
+            different.insert(0, f"the vocabulary has {found_vocab_size} tokens there, {vocab_size} in this corpus")
+        raise UserError(
+            f"{setting}: its weights do not fit this model ({'; '.join(different)}); set the same values here"
+        )
+    notes = [f"initial weights from {source}"]
+    notes += [f"initial weights from {source}: {difference}" for difference in different]
+    return InitialWeights(notes, fill)
+
+
+def _checkpoint_weights(path: Path) -> tuple[ModelConfig, int, Callable[[Transformer], object]]:
+    """(settings of the model, vocabulary size, `fill`) of our own checkpoint. Raises UserError if there is none."""
+    checkpoint, _ = resolve_checkpoint(path)
+    config: ModelConfig = check(ModelConfig, "model", checkpoint.manifest["config"]["model"])
+
+    def fill(model: Transformer) -> None:
+        load_checkpoint(checkpoint, model, others=False)
+
+    return config, checkpoint.manifest["vocab_size"], fill
 
 
 class HFCheckpoint:
-    """A folder in their layout, which fits its config. Raises UserError where it does not."""
+    """The weights of a folder in the Hugging Face layout, and the model that its config.json describes.
+
+    Raises UserError if the tensors are not those of that model.
+    """
 
     def __init__(self, path: Path) -> None:
         self.folder = Folder(path)
-        self.model, self.vocab_size = from_llama(self.folder.config, str(path / CONFIG))
-        text = "language_model."  # what the text part's names begin with in a multimodal model
-        self.prefix = text if any(name.startswith(text) for name in self.folder.shapes) else ""
-        fits(self.folder, self.model, self.vocab_size, self.prefix)
+        self.model, self.vocab_size = from_hf_config(self.folder.config, str(path / CONFIG_FILE))
+        is_multimodal = any(name.startswith(TEXT_PREFIX) for name in self.folder.shapes)
+        self.prefix = TEXT_PREFIX if is_multimodal else ""
+        check_tensors(self.folder, self.model, self.vocab_size, self.prefix)
 
     def fill(self, model: Transformer) -> None:
-        """Put the weights into a model of these shapes, on any mesh."""
+        """Copy the weights into a model of these shapes, on any mesh: each rank reads the part that it holds."""
         live = checkpoint_tensors(model)
-        for ours, group in groupby(pieces(self.model, self.vocab_size), key=lambda piece: piece.ours):
-            part, ((first, stop), *rest) = window(live[ours])
-            for piece in group:
-                a, b = max(first, piece.first), min(stop, piece.first + piece.shape[0])
-                if a >= b or not part.numel():
+        for name, slices in groupby(tensor_slices(self.model, self.vocab_size), key=lambda part: part.name):
+            local, ((first, stop), *other_dims) = window(live[name])  # this rank holds the rows `first` up to `stop`
+            for part in slices:
+                start, end = max(first, part.start), min(stop, part.stop)  # of these, the rows of the slice
+                if start >= end or not local.numel():
                     continue
-                here, name = part[a - first : b - first], self.prefix + piece.theirs
-                if name in self.folder.shapes:
-                    here.copy_(self.folder.read(name, [(a - piece.first, b - piece.first), *rest]))
+                rows, hf_name = local[start - first : end - first], self.prefix + part.hf_name
+                if hf_name in self.folder.shapes:
+                    hf_rows = (start - part.start, end - part.start)
+                    rows.copy_(self.folder.read(hf_name, [hf_rows, *other_dims]))
                 else:
-                    here.zero_()  # the balance bias, which plain Llama 4 does not have
+                    rows.zero_()  # the balance bias, which plain Llama 4 does not have
 
 
-def fits(folder: Folder, config: ModelConfig, vocab_size: int, prefix: str = "") -> None:
-    """Names and shapes of a folder against those of a model. Raises UserError on the first that is not so."""
-    wanted = {prefix + piece.theirs: piece for piece in pieces(config, vocab_size)}
-    for name, piece in wanted.items():
-        shape = folder.shapes.get(name)
-        if shape is None and not piece.theirs.endswith("balance_bias"):
-            raise UserError(f"{folder.path}: {name} is missing")
-        if shape is not None and shape != piece.shape:
-            raise UserError(f"{folder.path}: {name} has shape {shape}, {CONFIG} says {piece.shape}")
-        if shape is not None and folder.dtypes[name] not in FLOATS:
-            raise UserError(f"{folder.path}: {name} is {folder.dtypes[name]}; weights are {', '.join(FLOATS)}")
+def check_tensors(folder: Folder, config: ModelConfig, vocab_size: int, prefix: str = "") -> None:
+    """Raises UserError if the tensors of a folder are not those of a model: by name, shape and kind of number.
+
+    Only names that begin with `prefix` are compared.
+    """
+    expected = {prefix + part.hf_name: part for part in tensor_slices(config, vocab_size)}
+    for name, part in expected.items():
+        if name not in folder.shapes:
+            if part.hf_name.endswith("balance_bias"):
+                continue  # plain Llama 4 does not have it
+            raise UserError(f"{folder.path}: tensor {name} is missing")
+        if folder.shapes[name] != part.shape:
+            shapes = f"has shape {folder.shapes[name]}, but {CONFIG_FILE} requires {part.shape}"
+            raise UserError(f"{folder.path}: tensor {name} {shapes}")
+        if folder.dtypes[name] not in FLOAT_DTYPES:
+            dtypes = f"has dtype {folder.dtypes[name]}; weights must have one of {', '.join(FLOAT_DTYPES)}"
+            raise UserError(f"{folder.path}: tensor {name} {dtypes}")
     for name in folder.shapes:
-        if name.startswith(prefix) and name not in wanted:
-            raise UserError(f"{folder.path}: {name} has no place in this model")
+        if name.startswith(prefix) and name not in expected:
+            raise UserError(f"{folder.path}: tensor {name} is not part of the model that {CONFIG_FILE} describes")
 
 
-def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
-    """Write the folder `out` with a checkpoint at step 0, weights only, and print the model's settings.
+def import_folder(source: Path, out: Path, tokenizer_path: Path | None) -> None:
+    """Write the folder `out`: a checkpoint at step 0 with weights only. Prints the settings of the model.
 
-    Raises UserError; then nothing is left.
+    Raises UserError, and then leaves no files behind. `tokenizer_path` is by default the tokenizer.model of `source`.
     """
     if out.exists():
-        raise UserError(f"--out {out}: exists; give another, or remove it")
-    theirs = HFCheckpoint(source)
-    path = tokenizer or source / TOKENIZER
-    if tokenizer is None and not path.is_file():
-        raise UserError(f"{path}: no such file; give --tokenizer, a sentencepiece model of {theirs.vocab_size} pieces")
-    pieces_known = Tokenizer(path)
-    if pieces_known.vocab_size != theirs.vocab_size:
-        raise UserError(f"{path}: {pieces_known.vocab_size} pieces, but the model's vocabulary is {theirs.vocab_size}")
-    need, free = 4 * theirs.model.parameter_counts(theirs.vocab_size)[0], machine.free_memory(torch.device("cpu"))
-    if free is not None and need > free:
+        raise UserError(f"--out {out}: already exists; choose another folder, or remove it")
+    folder = HFCheckpoint(source)
+    path = tokenizer_path or source / TOKENIZER
+    if tokenizer_path is None and not path.is_file():
+        hint = f"give a sentencepiece model with {folder.vocab_size} pieces by --tokenizer FILE"
+        raise UserError(f"{path}: no such file; {hint}")
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != folder.vocab_size:
+        vocabulary = f"the vocabulary of the model has {folder.vocab_size}"
+        raise UserError(f"{path}: has {tokenizer.vocab_size} pieces, but {vocabulary}; give another by --tokenizer")
+    needed = 4 * folder.model.parameter_counts(folder.vocab_size)[0]
+    free = machine.free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
         raise UserError(
-            f"{source}: takes {need:,} bytes of memory, {free:,} are free; a run can read it by its parts: "
-            f"train.init_from={source}"
+            f"{source}: needs {needed:,} bytes of memory, but only {free:,} are free; instead, start a run with "
+            f"train.init_from={source}, in which each process reads only its part"
         )
     with torch.device("meta"):
-        model = Transformer(theirs.model, theirs.vocab_size)
+        model = Transformer(folder.model, folder.vocab_size)
     model.to_empty(device="cpu")
-    theirs.fill(model)
-    seq_len = min(1024, theirs.model.max_seq_len)
-    words = ["train.steps=1", f"data.vocab_size={theirs.vocab_size}", f"data.seq_len={seq_len}"]
+    folder.fill(model)
+    _save(model, folder, source, out, tokenizer)
+    print(f"{out}: written, a checkpoint with weights only; to start a run with them, set train.init_from={out}")
+    print(dump({"model": folder.model}), end="")
+
+
+def _save(model: Transformer, folder: HFCheckpoint, source: Path, out: Path, tokenizer: Tokenizer) -> None:
+    """Write the checkpoint, first under another name. Raises UserError if it cannot be written."""
+    seq_len = min(1024, folder.model.max_seq_len)
+    words = ["train.steps=1", f"data.vocab_size={folder.vocab_size}", f"data.seq_len={seq_len}"]
     sections = read(SECTION_TYPES, None, words)
-    sections["model"] = theirs.model
+    sections["model"] = folder.model
     fields = {
         "config": {name: section.model_dump() for name, section in sections.items()},
         "tokens": 0,
-        "vocab_size": theirs.vocab_size,
-        "tokenizer": pieces_known.hash,
+        "vocab_size": folder.vocab_size,
+        "tokenizer": tokenizer.hash,
         "imported_from": str(source),
     }
-    partial, failures = out.with_name(f".{out.name}.partial"), list[str]()
+    failures: list[str] = []
+
+    def note_failure(step: int, seconds: float, why: str | None) -> None:
+        if why is not None:
+            failures.append(why)
+
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    saver = Saver(
-        partial,
-        checkpoint_tensors(model),
-        path,
-        CheckpointConfig(),
-        tell=lambda step, seconds, why: failures.extend([why] if why else []),
-    )
+    saver = Saver(partial, checkpoint_tensors(model), tokenizer.path, CheckpointConfig(), tell=note_failure)
     try:
         saver.save(0, fields, wait=True)
         saver.close()
@@ -155,5 +193,3 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: a checkpoint of weights only; a run begins with them by train.init_from={out}")
-    print(dump({"model": theirs.model}), end="")

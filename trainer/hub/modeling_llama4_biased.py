@@ -1,7 +1,7 @@
-"""Llama 4 for what its plain class has no place for: a balance bias that takes part in the choice of experts, experts
-without a shared one beside them, and the noise matrices of noisy top-k gating, which act in training only.
+"""Llama 4 with what its class in transformers cannot express: a balance bias that takes part in the choice of experts,
+MoE layers without a shared expert, and the noise matrices of noisy top-k gating, which act in training only.
 
-A copy of this file lies in exports that need it; transformers loads it with trust_remote_code=True.
+Exports that need this file contain a copy of it, which transformers loads with trust_remote_code=True.
 """
 
 import torch
@@ -16,7 +16,7 @@ class Llama4BiasedConfig(Llama4TextConfig):
 
 
 class BiasedRouter(nn.Module):
-    """Chooses by sigmoid(logit) + bias, in fp32 as in training; the scores are the sigmoids alone."""
+    """Chooses experts by sigmoid(logit) + bias, in fp32 as in training; the scores are the sigmoids alone."""
 
     balance_bias: torch.Tensor
 
@@ -29,17 +29,17 @@ class BiasedRouter(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(n_experts))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, D) -> scores (T, E), zero for experts that were not chosen, and logits (T, E)."""
+        """hidden_states (T, D) -> scores (T, E), which are zero for experts that were not chosen, and logits (T, E)."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         logits = nn.functional.linear(hidden_states.to(wide), self.weight.to(wide))
-        # sigmoid(x) - 1 in the place of sigmoid(x), which is 1 for every large logit
+        # sigmoid(x) - 1 instead of sigmoid(x), which rounds to 1 for every large logit
         chosen = torch.topk(self.balance_bias - torch.sigmoid(-logits), self.top_k, dim=-1).indices
         scores = torch.zeros_like(logits).scatter(1, chosen, logits.gather(1, chosen).sigmoid())
         return scores.to(hidden_states.dtype), logits.to(hidden_states.dtype)
 
 
 class NoExpert(nn.Module):
-    """Stands where Llama 4 has its shared expert."""
+    """Replaces the shared expert of Llama 4 in models without one: its output is zero."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)

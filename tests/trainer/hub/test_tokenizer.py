@@ -1,3 +1,5 @@
+"""The converted tokenizer encodes and decodes exactly as ours."""
+
 import io
 import json
 import sys
@@ -53,44 +55,44 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def theirs(ours, tmp_path_factory):
-    """What `AutoTokenizer` makes of the export, as it lies beside a model."""
+def converted(ours, tmp_path_factory):
+    """The export as `AutoTokenizer` loads it from the folder of a model."""
     transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
     folder = tmp_path_factory.mktemp("export")
     export_tokenizer(ours, folder, 96)
-    beside = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(beside))
+    model_config = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(model_config))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def same(ours: Tokenizer, theirs: Any, text: str) -> None:
-    ids = theirs(text)["input_ids"]
+def assert_same(ours: Tokenizer, converted: Any, text: str) -> None:
+    ids = converted(text)["input_ids"]
     assert ids == [ours.bos, *ours.encode(text)]
-    assert theirs.decode(ids, skip_special_tokens=True) == text
+    assert converted.decode(ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_texts_are_encoded_as_by_us_and_come_back(ours, theirs, text):
-    same(ours, theirs, text)
+def test_hostile_texts_have_the_same_ids_and_decode_back(ours, converted, text):
+    assert_same(ours, converted, text)
 
 
 @settings(max_examples=200, deadline=None)
 @given(TEXTS, st.lists(st.sampled_from([*NASTY, *STORIES[0].split(" "), *CODE.split("\n")])).map(" ".join))
-def test_any_text_is_encoded_as_by_us_and_comes_back(ours, theirs, one, two):
-    same(ours, theirs, one)
-    same(ours, theirs, two)
+def test_any_text_has_the_same_ids_and_decodes_back(ours, converted, one, two):
+    assert_same(ours, converted, one)
+    assert_same(ours, converted, two)
 
 
-def test_every_character_there_is(ours, theirs):
+def test_every_unicode_character_has_the_same_ids(ours, converted):
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     for start in range(0, len(characters), 1 << 12):
-        same(ours, theirs, "".join(characters[start : start + (1 << 12)]))
+        assert_same(ours, converted, "".join(characters[start : start + (1 << 12)]))
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_the_order_of_merges_is_that_of_sentencepiece(tmp_path_factory, data):
-    """Few letters and many pieces: here merges compete for the same letters."""
+def test_merges_are_in_the_order_of_sentencepiece(tmp_path_factory, data):
+    """With few letters and many pieces, the merges compete for the same letters."""
     texts = st.text(st.sampled_from(data.draw(st.sampled_from(["ab", "ab ", "aab c"]))), min_size=1, max_size=60)
     corpus = data.draw(st.lists(texts.filter(str.strip), min_size=3))
     path = tmp_path_factory.getbasetemp() / "letters.model"
@@ -109,57 +111,58 @@ def test_the_order_of_merges_is_that_of_sentencepiece(tmp_path_factory, data):
     )
     path.write_bytes(made.getvalue())
     tokenizer = Tokenizer(path)
-    fast = convert(tokenizer)
+    converted = convert(tokenizer)
     for text in [*corpus, *data.draw(st.lists(texts))]:
-        assert fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+        assert converted.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
-def test_what_it_says_of_itself(ours, theirs):
-    assert theirs.is_fast and len(theirs) == ours.vocab_size and theirs.model_max_length == 96
-    special = (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id)
+def test_special_tokens_padding_and_sizes_are_ours(ours, converted):
+    assert converted.is_fast and len(converted) == ours.vocab_size and converted.model_max_length == 96
+    special = (converted.pad_token_id, converted.bos_token_id, converted.eos_token_id, converted.unk_token_id)
     assert special == (ours.pad, ours.bos, ours.eos, ours.unk)
-    assert [theirs.convert_ids_to_tokens(id) for id in special] == ["<pad>", "<s>", "</s>", "<unk>"]
-    one, two = ours.encode("Once"), ours.encode("Once upon a time")
-    width = len(two) + 1
-    assert theirs(["Once", "Once upon a time"], padding=True) == {
-        "input_ids": [[ours.bos, *one] + [ours.pad] * (width - 1 - len(one)), [ours.bos, *two]],
-        "attention_mask": [[1] * (1 + len(one)) + [0] * (width - 1 - len(one)), [1] * width],
+    assert [converted.convert_ids_to_tokens(id) for id in special] == ["<pad>", "<s>", "</s>", "<unk>"]
+    short, long = ours.encode("Once"), ours.encode("Once upon a time")
+    n_pad = len(long) - len(short)
+    assert converted(["Once", "Once upon a time"], padding=True) == {
+        "input_ids": [[ours.bos, *short] + [ours.pad] * n_pad, [ours.bos, *long]],
+        "attention_mask": [[1] * (1 + len(short)) + [0] * n_pad, [1] * (1 + len(long))],
     }
-    assert theirs.encode("Once", add_special_tokens=False) == one
-    assert theirs.decode([ours.bos, *one, ours.eos]) == "<s>Once</s>"
+    assert converted.encode("Once", add_special_tokens=False) == short
+    assert converted.decode([ours.bos, *short, ours.eos]) == "<s>Once</s>"
 
 
-def test_it_stays_the_same_when_saved_again(ours, theirs, tmp_path):
-    theirs.save_pretrained(tmp_path)
-    again = type(theirs).from_pretrained(tmp_path)
+def test_a_tokenizer_saved_by_transformers_stays_the_same(ours, converted, tmp_path):
+    converted.save_pretrained(tmp_path)
+    reloaded = type(converted).from_pretrained(tmp_path)
     for text in HOSTILE:
-        same(ours, again, text)
+        assert_same(ours, reloaded, text)
 
 
-def test_ids_of_others(tmp_path):
-    """bos is 0, and no pad: what stands at a place of its own must not be guessed."""
+def test_special_tokens_may_have_other_ids_and_names(tmp_path):
+    """bos is 0 and there is no pad, so the ids must be read from the model."""
     ids = {"bos_id": 0, "eos_id": 3, "unk_id": 1, "pad_id": -1, "bos_piece": "<begin of>", "eos_piece": "[END]"}
     plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
     other = Tokenizer(model_of_others(tmp_path / "m.model", **ids, **plain))
     export_tokenizer(other, tmp_path, 10)
-    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (0, 3, 1, 3)
+    converted = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    special = (converted.bos_token_id, converted.eos_token_id, converted.unk_token_id, converted.pad_token_id)
+    assert special == (0, 3, 1, 3)
     for text in [*HOSTILE, "<begin of>[END]"]:
-        same(other, theirs, text)
+        assert_same(other, converted, text)
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.one_of(TEXTS, st.sampled_from(HOSTILE)))
-def test_models_like_llama_2(others, text):
-    tokenizer, fast = others
+def test_a_model_like_that_of_llama_2_has_the_same_ids(llama2, text):
+    tokenizer, converted = llama2
     text = text.replace("\u2581", "")
-    ids = fast.encode(text).ids
+    ids = converted.encode(text).ids
     assert ids == [tokenizer.bos, *tokenizer.encode(text)]
-    assert fast.decode(ids) == tokenizer.decode(ids) == text
+    assert converted.decode(ids) == tokenizer.decode(ids) == text
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory):
+def llama2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama2")
     tokenizer = Tokenizer(model_of_others(folder / "m.model", **LLAMA2))
     export_tokenizer(tokenizer, folder, 10)
@@ -168,15 +171,15 @@ def others(tmp_path_factory):
 
 @settings(max_examples=100, deadline=None)
 @given(text=TEXTS)
-def test_models_without_bytes(lossy, text):
-    tokenizer, fast = lossy
+def test_a_model_without_byte_pieces_has_the_same_ids(no_bytes, text):
+    tokenizer, converted = no_bytes
     text = text.replace("\u2581", "")
-    assert fast.encode(text).ids == [tokenizer.bos, *tokenizer.encode(text)]
+    assert converted.encode(text).ids == [tokenizer.bos, *tokenizer.encode(text)]
 
 
 @pytest.fixture(scope="module")
-def lossy(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lossy") / "m.model"
+def no_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("no_bytes") / "m.model"
     more = dict(byte_fallback=False, vocab_size=60, add_dummy_prefix=False, remove_extra_whitespaces=False)
     tokenizer = Tokenizer(model_of_others(path, **more))
     return tokenizer, convert(tokenizer)
@@ -187,19 +190,19 @@ def lossy(tmp_path_factory):
     [
         ({"normalization_rule_name": "nmt_nfkc"}, r"it changes texts .*\(nmt_nfkc\)"),
         ({"remove_extra_whitespaces": True}, "it changes texts before"),
-        ({"treat_whitespace_as_suffix": True}, "it treats blanks in a way of its own"),
+        ({"treat_whitespace_as_suffix": True}, "it marks spaces in an unsupported way"),
         ({"user_defined_symbols": ["cat"]}, "it has user-defined or unused pieces"),
     ],
 )
-def test_models_that_cannot_be_written_so_are_refused(tmp_path, more, why):
+def test_models_that_cannot_be_converted_are_refused(tmp_path, more, why):
     tokenizer = Tokenizer(model_of_others(tmp_path / "m.model", **{"remove_extra_whitespaces": False} | more))
-    with pytest.raises(UserError, match=rf"m\.model: cannot be written as tokenizer\.json, since {why}"):
+    with pytest.raises(UserError, match=rf"m\.model: cannot be converted to tokenizer\.json, because {why}"):
         export_tokenizer(tokenizer, tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["m.model"]
 
 
-def test_a_model_without_a_blank_is_refused(tmp_path):
-    """To sentencepiece a blank is then the bytes of U+2581, and comes back as that."""
+def test_a_model_without_a_piece_for_a_space_is_refused(tmp_path):
+    """With such a model, sentencepiece encodes a space as the bytes of U+2581, and decodes them to U+2581."""
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["漢字"] * 9),
@@ -213,11 +216,11 @@ def test_a_model_without_a_blank_is_refused(tmp_path):
         minloglevel=2,
     )
     (tmp_path / "m.model").write_bytes(made.getvalue())
-    with pytest.raises(UserError, match="since it has no piece for a blank"):
+    with pytest.raises(UserError, match="because it has no piece for a space"):
         export_tokenizer(Tokenizer(tmp_path / "m.model"), tmp_path, 10)
 
 
-def test_without_the_extra_it_says_what_to_install(ours, tmp_path, monkeypatch):
+def test_without_the_extra_the_error_names_the_command(ours, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
         export_tokenizer(ours, tmp_path, 10)

@@ -1,11 +1,12 @@
-# Each target first makes .venv, if it is missing or older than setup.cfg and constraints.txt.
+# Each target first creates .venv, if it is missing or older than setup.cfg and constraints.txt.
 CONFIG = launch/tiny.yaml
 N = 2
 ARGS =
 KILLS = 20
 FAKE_GPU_VENV = .venv-gpu
 EXTRAS ?= dev
-# Nothing is compiled at install, so what is imported must be kept: torch starts in half the time.
+# The installation compiles no bytecode, so Python must store what it compiles at import: torch then starts in half the
+# time.
 export PYTHONDONTWRITEBYTECODE =
 
 python = .venv/bin/python
@@ -14,16 +15,16 @@ installed = .venv/installed-$(EXTRAS)
 .PHONY: help train test test-quick bench learn chaos gpu fake-gpu lint clean
 
 help:
-	@echo "make train        data, then training:  CONFIG=$(CONFIG) N=$(N) (processes) ARGS='section.key=value ...'"
-	@echo "make test         the whole test suite:  ARGS='-k router' and other pytest options"
-	@echo "make test-quick   the tests that are not marked slow"
-	@echo "make bench        speed as ratios, measured in one run (minutes): a table, and bench.json"
-	@echo "make learn        three runs (bias, no bias, dense) against the true floor: a table and a picture"
-	@echo "make chaos        a run killed again and again (KILLS=$(KILLS)), compared with one left alone: a table"
+	@echo "make train        prepare a corpus, then train:  CONFIG=$(CONFIG) N=$(N) (processes) ARGS='section.key=value ...'"
+	@echo "make test         run all tests:  ARGS='-k router' and other pytest options"
+	@echo "make test-quick   run the tests that are not marked slow"
+	@echo "make bench        measure speed as ratios, in one run of some minutes: a table, and bench.json"
+	@echo "make learn        compare three runs (bias, no bias, dense) with the true floor: a table and a plot"
+	@echo "make chaos        kill a run many times (KILLS=$(KILLS)) and compare it with one that is not killed: a table"
 	@echo "make gpu          check a machine with a GPU (nine minutes): a verdict for each part; N=8: layouts on 8 GPUs"
-	@echo "make fake-gpu     runs and counts on simulated GPUs, none needed (5 GB, an hour): ARGS='--part counts'"
-	@echo "make lint         ruff, import-linter and mypy"
-	@echo "make clean        remove .venv, .venv-gpu and caches; runs and corpora stay"
+	@echo "make fake-gpu     run and count on simulated GPUs (no GPU needed; 5 GB, an hour): ARGS='--part counts'"
+	@echo "make lint         run ruff, import-linter and mypy"
+	@echo "make clean        remove .venv, .venv-gpu and caches, but no runs and corpora"
 	@echo "PYTHON=python3.12 chooses the Python of a new .venv (default: the newest of 3.11 to 3.14)"
 	@echo "EXTRAS=$(EXTRAS) chooses the extras of setup.cfg to install: dev, hub, play (make test adds play)"
 
@@ -51,13 +52,14 @@ learn: $(installed)
 chaos: $(installed)
 	@$(python) -m tests.chaos --kills $(KILLS) $(ARGS)
 
-# Installs nothing: a machine that is lent for minutes has a Python with torch. .venv is used if its torch has CUDA.
+# Installs nothing, because a machine that is rented for minutes has a Python with torch. .venv is used if its torch has
+# CUDA.
 gpu:
 	@python=.venv/bin/python; \
 	$$python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null || python="$(or $(PYTHON),python3)"; \
 	exec "$$python" -m tests.gpu.check $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
 
-# An environment of its own, with the CUDA build of torch; FAKE_GPU_VENV names another that has it.
+# A separate environment with the CUDA build of torch. FAKE_GPU_VENV names another environment that has it.
 .venv-gpu/installed: setup.cfg constraints.txt tests/gpu/sim/install.sh
 	@PYTHON="$(PYTHON)" sh tests/gpu/sim/install.sh .venv-gpu
 	@touch $@

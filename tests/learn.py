@@ -1,12 +1,12 @@
-"""Is learning real? Three runs on stories whose entropy is known, compared in a table and a picture.
+"""`make learn`: three runs on stories whose entropy is known, compared in a table and a plot.
 
     python -m tests.learn [--steps 15000] [--out runs/learn] [section.key=value ...]
 
-The model of launch/tiny.yaml with its balance bias, the same without it, and a dense twin: one feed-forward as wide as
-what a token sees of the mixture, so the same products for each token. Same corpus, order, schedule and number of steps;
-what differs is the rest. Each is a run like any other, below torchrun on two processes, and goes on where it was when
-this is started again (what it cost is then not known). The excess is the loss on held-out stories minus their true
-entropy: no model can have less than 0.
+The three runs are the model of launch/tiny.yaml with its balance bias; the same model without the bias; and a dense
+model, whose feed-forward is as wide as the experts that a token of the mixture uses, so that each token needs the same
+matrix products. Corpus, data order, schedule and number of steps are the same. Each is an ordinary run under torchrun
+on two processes, and resumes if this program is started again (its cost is then unknown). The excess is the loss on
+held-out stories minus their true entropy; no model can have less than 0.
 """
 
 import argparse
@@ -25,23 +25,23 @@ from trainer.config import SECTION_TYPES
 from trainer.metrics import read_lines
 
 CONFIG = "launch/tiny.yaml"
-STORIES = 300_000  # 32 million tokens: no run sees a story twice
+STORIES = 300_000  # 32 million tokens, so that no story occurs twice in a run
 
 
 class Result(NamedTuple):
-    """What one run came to."""
+    """The results of one run."""
 
     name: str
-    evals: list[tuple[float, float]]  # seconds of training so far, excess in nats per token
+    evals: list[tuple[float, float]]  # (seconds of training until then, excess in nats per token)
     tokens: int
-    cpu_minutes: float
-    minutes: float  # from its start to its end
-    busiest: float | None  # expert's load over the mean one, the mean of the last tenth of the steps
-    sentences: str
+    cpu_minutes: float  # NaN if the run was resumed
+    minutes: float  # from its start to its end; NaN if the run was resumed
+    busiest_expert: float | None  # its load relative to the mean load, averaged over the last tenth of the steps
+    valid_sentences: str  # such as "50 of 56", or "-" if unknown
 
 
-def words_of(steps: int, out: Path, more: Sequence[str]) -> list[str]:
-    """The settings of all three."""
+def common_settings(steps: int, out: Path, more: Sequence[str]) -> list[str]:
+    """The settings of all three runs, as `section.key=value` words."""
     every = max(1, steps // 20)
     return [
         f"data.stories={STORIES}",
@@ -57,9 +57,9 @@ def words_of(steps: int, out: Path, more: Sequence[str]) -> list[str]:
     ]
 
 
-def variants(words: Sequence[str]) -> dict[str, list[str]]:
-    """By name the settings in which a run differs."""
-    model: Any = read(SECTION_TYPES, CONFIG, words)["model"]
+def variants(settings: Sequence[str]) -> dict[str, list[str]]:
+    """The settings in which each run differs from the others, by the name of the run."""
+    model: Any = read(SECTION_TYPES, CONFIG, settings)["model"]
     width = (model.top_k + model.shared_expert) * model.expert_dim
     return {
         "bias": [],
@@ -68,54 +68,62 @@ def variants(words: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def run(name: str, words: Sequence[str], out: Path) -> Result:
-    """Trains, and reads what came of it. Raises CalledProcessError."""
-    folder, before, start = out / name.replace(" ", "-"), cpu_seconds(), time.monotonic()
+def run(name: str, settings: Sequence[str], out: Path) -> Result:
+    """Train one run, and read its results. Raises CalledProcessError."""
+    folder = out / name.replace(" ", "-")
     command = [sys.executable, "-m", "launch.torchrun", "--nproc_per_node=2", "-m", "trainer.main", "--config", CONFIG]
-    done = subprocess.run([*command, *words, f"run.name={folder.name}"], check=True, stdout=subprocess.PIPE, text=True)
-    cost = {"cpu": cpu_seconds() - before, "wall": time.monotonic() - start, "said": done.stdout}
-    if not (kept := folder / "cost.json").exists():  # else it was done before, and the cost was that of looking
-        kept.write_text(json.dumps(cost))
-    cost = json.loads(kept.read_text())
-    if "resumed from step" in cost["said"]:
+    cpu_before, start = cpu_seconds(), time.monotonic()
+    done = subprocess.run(
+        [*command, *settings, f"run.name={folder.name}"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    cost = {"cpu": cpu_seconds() - cpu_before, "wall": time.monotonic() - start, "output": done.stdout}
+    cost_file = folder / "cost.json"
+    if not cost_file.exists():  # a run that was already finished keeps the cost of its training
+        cost_file.write_text(json.dumps(cost))
+    cost = json.loads(cost_file.read_text())
+    if "resumed from step" in cost["output"]:
         cost["cpu"] = cost["wall"] = math.nan
+
     lines = read_lines(folder / "metrics.jsonl")
-    steps = [x for x in lines if x["kind"] == "train"]
-    seconds = {0: 0.0}
-    for x in steps:
-        seconds[x["step"]] = seconds[x["step"] - 1] + x["step_seconds"]
-    evals = [(seconds[x["step"]], x["excess"]) for x in lines if x["kind"] == "eval"]
-    last = [x["expert_load_max"] for x in steps[-len(steps) // 10 :] if x.get("expert_load_max")]
-    told = [line for line in cost["said"].splitlines() if "sentences in" in line]
+    steps = [line for line in lines if line["kind"] == "train"]
+    seconds = {0: 0.0}  # of training up to each step
+    for line in steps:
+        seconds[line["step"]] = seconds[line["step"] - 1] + line["step_seconds"]
+    last_tenth = steps[-len(steps) // 10 :]
+    loads = [line["expert_load_max"] for line in last_tenth if line.get("expert_load_max")]
+    valid = [line for line in cost["output"].splitlines() if "sentences in" in line]
     return Result(
-        name,
-        evals,
-        steps[-1]["tokens"],
-        cost["cpu"] / 60,
-        cost["wall"] / 60,
-        sum(last) / len(last) if last else None,
-        told[0].partition(" sentences")[0] if told else "-",
+        name=name,
+        evals=[(seconds[line["step"]], line["excess"]) for line in lines if line["kind"] == "eval"],
+        tokens=steps[-1]["tokens"],
+        cpu_minutes=cost["cpu"] / 60,
+        minutes=cost["wall"] / 60,
+        busiest_expert=sum(loads) / len(loads) if loads else None,
+        valid_sentences=valid[0].partition(" sentences")[0] if valid else "-",
     )
 
 
 def cpu_seconds() -> float:
-    """Of all processes that this one has waited for."""
+    """CPU time of all child processes that have ended so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def table(results: Sequence[Result]) -> str:
-    rows = [
-        f"| {r.name} | {r.evals[-1][1]:.4f} | {r.tokens / 1e6:.1f} | {r.cpu_minutes:.1f} | {r.minutes:.1f} | "
-        f"{'-' if r.busiest is None else f'{r.busiest:.2f}'} | {r.sentences} |"
-        for r in results
-    ]
-    head = "| run | excess, nats a token | million tokens | CPU minutes | minutes | busiest expert | sentences told |"
+    """The results as a Markdown table."""
+    head = "| run | excess, nats a token | million tokens | CPU minutes | minutes | busiest expert | valid sentences |"
+    rows = []
+    for r in results:
+        busiest = "-" if r.busiest_expert is None else f"{r.busiest_expert:.2f}"
+        rows.append(
+            f"| {r.name} | {r.evals[-1][1]:.4f} | {r.tokens / 1e6:.1f} | {r.cpu_minutes:.1f} | {r.minutes:.1f} | "
+            f"{busiest} | {r.valid_sentences} |"
+        )
     return "\n".join([head, "|---" * 7 + "|", *rows])
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Excess against time of training, both in logarithms."""
+    """Plot the excess over the time of training, both on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,22 +141,29 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m tests.learn", description="Three runs, compared.")
-    parser.add_argument("--steps", type=int, default=15000, help="of each run (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/learn"), help="folder of corpus, runs, learn.png")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="for all three")
+    parser = argparse.ArgumentParser(
+        "python -m tests.learn", description="Train a model with balance bias, without, and a dense one, and compare."
+    )
+    parser.add_argument("--steps", type=int, default=15000, help="steps of each run (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/learn"),
+        help="folder of corpus, runs and learn.png (default: %(default)s)",
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings of all three runs")
     args = parser.parse_intermixed_args(argv)
     from data.prepare import main as prepare
 
-    words = words_of(args.steps, args.out, args.settings)
-    if code := prepare(["--config", CONFIG, *words]):
+    settings = common_settings(args.steps, args.out, args.settings)
+    if code := prepare(["--config", CONFIG, *settings]):
         return code
     results = []
-    for name, more in variants(words).items():
-        results.append(run(name, [*words, *more], args.out))
+    for name, more in variants(settings).items():
+        results.append(run(name, [*settings, *more], args.out))
         print(table(results[-1:]), file=sys.stderr)
     plot(results, args.out / "learn.png")
-    print(f"{table(results)}\n\npicture: {args.out / 'learn.png'}")
+    print(f"{table(results)}\n\nplot: {args.out / 'learn.png'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`make learn`, made small."""
+"""tests/learn.py (`make learn`) on models of a few thousand parameters."""
 
 import pytest
 
@@ -8,19 +8,19 @@ from tests.learn import CONFIG, main, variants
 from trainer.config import SECTION_TYPES
 
 
-def test_the_dense_twin_has_as_many_parameters_at_work():
-    """But for the routers, which it has none of."""
-    size: dict[str, int] = {}
-    for name, words in variants([]).items():
-        model = read(SECTION_TYPES, CONFIG, words)["model"]
+def test_all_three_models_use_as_many_parameters_per_token():
+    """Not counting the routers, which the dense model does not have."""
+    active: dict[str, int] = {}
+    for name, settings in variants([]).items():
+        model = read(SECTION_TYPES, CONFIG, settings)["model"]
         assert isinstance(model, ModelConfig)
-        routers = model.n_experts * model.dim * sum(map(model.is_moe, range(model.n_layers)))
-        size[name] = model.parameter_counts(1024)[1] - routers
-    assert size["bias"] == size["no bias"] == size["dense"]
+        routers = model.n_experts * model.dim * len(model.moe_layers)
+        active[name] = model.parameter_counts(1024)[1] - routers
+    assert active["bias"] == active["no bias"] == active["dense"]
 
 
 @pytest.mark.slow
-def test_three_runs_are_compared(tmp_path, capsys):
+def test_three_runs_are_compared_in_a_table_and_a_plot(tmp_path, capsys):
     small = ["data.stories=300", "data.vocab_size=512", "data.validation=0.1", "data.seq_len=256", "model.dim=16"]
     small += ["model.n_layers=1", "train.global_batch_size=4", "train.micro_batch_size=2", "sample.max_new_tokens=4"]
     small += ["train.warmup_steps=1", "model.expert_dim=16"]

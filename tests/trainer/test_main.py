@@ -11,6 +11,7 @@ import pytest
 
 from data.settings import key_table
 from tests.support import run_cases as cases
+from tests.support.settings_page import PAGE, tables
 from trainer.config import SECTION_TYPES
 from trainer.metrics import read_lines
 
@@ -28,10 +29,9 @@ def test_help_lists_every_key():
         assert f"{key}={default}" in out and meaning in out
 
 
-def test_the_readmes_table_is_the_same():
-    readme = (ROOT / "README.md").read_text()
-    for key, default, meaning in key_table(SECTION_TYPES):
-        assert f"| `{key}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |" in readme
+def test_the_settings_page_lists_the_same_keys_as_help():
+    """If this fails, run `python -m tests.support.settings_page`."""
+    assert PAGE.read_text(encoding="utf-8").endswith(tables())
 
 
 @pytest.mark.parametrize(

@@ -29,22 +29,22 @@ choose_python() {
     if [ -n "$PYTHON" ]; then
         suitable "$PYTHON" && return
         version=$(version_of "$PYTHON")
-        fail "PYTHON=$PYTHON ${version:+is Python }${version:-does not run}; needed is Python 3.11 to 3.14"
+        fail "PYTHON=$PYTHON ${version:+is Python }${version:-does not run}; Python 3.11 to 3.14 is required"
     fi
     for PYTHON in python3.14 python3.13 python3.12 python3.11 python3; do
         suitable "$PYTHON" && return
     done
-    fail "found no Python 3.11 to 3.14; install one, or name it: make PYTHON=/path/to/python3"
+    fail "found no Python 3.11 to 3.14; install one, or give its path: make PYTHON=/path/to/python3"
 }
 
 make_venv() {
     choose_python
     version=$(version_of "$PYTHON")
     hint="on Debian and Ubuntu: apt install python$version-venv"
-    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "$PYTHON cannot make virtual environments; $hint"
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "$PYTHON cannot create virtual environments; $hint"
     fresh=yes
     rm -rf .venv
-    "$PYTHON" -m venv .venv || fail "$PYTHON could not make .venv ($hint)"
+    "$PYTHON" -m venv .venv || fail "$PYTHON could not create .venv; $hint"
     # What --system-site-packages does, but for a PYTHON that is itself of a virtual environment too: that
     # option would show the Python below it, not its packages.
     outside=$("$PYTHON" -c '
@@ -53,7 +53,7 @@ if torch.__version__ < "2.11":
     sys.exit("torch is too old")
 print("import site" + "".join(f"; site.addsitedir({p!r})" for p in sys.path if p.endswith("-packages")))
 ' 2>/dev/null) || return 0
-    echo "install: using the torch of $PYTHON"
+    echo "install: using the torch that $PYTHON already has"
     echo "$outside" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outside.pth"
 }
 
@@ -73,9 +73,9 @@ EOF
 }
 
 .venv/bin/python -c '' 2>/dev/null || make_venv
-echo "install: $(.venv/bin/python -V) and the packages of setup.cfg[$1] into .venv; the first time takes minutes"
+echo "install: $(.venv/bin/python -V) and the packages of setup.cfg[$1] into .venv; the first time this takes minutes"
 write_constraints || fail "could not read constraints.txt"
 # --no-compile: Python compiles what is imported when it is imported, a small part of what is installed.
 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --no-compile \
-    --editable ".[$1]" --constraint .venv/constraints.txt || fail "pip failed, see above"
+    --editable ".[$1]" --constraint .venv/constraints.txt || fail "pip failed, see its messages above"
 echo "install: $(($(date +%s) - started)) s"

@@ -34,11 +34,11 @@ def wrong_number(nproc_per_node: str, number_of: Callable[[str], int]) -> str | 
 
         count, problem = cuda_devices()
         if not count:
-            return f"{problem or 'no CUDA device on this machine'}; to train on the CPU give a number"
+            return f"{problem or 'no CUDA device on this machine'}; to train on the CPU, give the number of processes"
     try:
         number_of(nproc_per_node)
     except ValueError as error:
-        return f"{error}; give a number, or gpu for one process for each GPU"
+        return f"{error}; give the number of processes, or gpu for one process on each GPU"
     return None
 
 

@@ -130,7 +130,9 @@ def time_limit(jobs: Jobs) -> None:
     jobs.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
     log = jobs.slurm.log(job)
-    assert "to be queued again" in log and "resumed from step" in log and "Traceback" not in log
+    assert (
+        "stopped before its last step, requeueing it" in log and "resumed from step" in log and "Traceback" not in log
+    )
 
 
 def requeued(jobs: Jobs) -> None:
@@ -154,14 +156,14 @@ def preempted(jobs: Jobs) -> None:
     other = jobs.slurm.submit(*urgent)
     jobs.slurm.wait(other, "COMPLETED")
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
-    assert "to be queued again" in jobs.slurm.log(job)
+    assert "stopped before its last step, requeueing it" in jobs.slurm.log(job)
 
 
 def preempted_at_once(jobs: Jobs) -> None:
     """Before the trainer can save: there is nothing to lose, but the job's place in the queue."""
     jobs.first_is_under_way.wait()
     job = jobs.submit("early", nodes=1)
-    jobs.wait_for("meeting at", job)
+    jobs.wait_for("rendezvous at", job)
     jobs.slurm.call("scancel", "--signal=TERM", job)
     assert jobs.slurm.wait(job, "PENDING")["Restarts"] == "1"
     jobs.slurm.call("scancel", job)
@@ -282,15 +284,15 @@ def test_the_log_tells_what_one_needs(jobs: Jobs, under_way: dict[str, Future[No
     job, run = jobs.ids["preempted"], jobs.runs / "preempted"
     log = jobs.slurm.log(job).splitlines()
     for start in (0, 1):
-        first = log.index(f"job {job}, start {start}; nodes: 2 (n3 n4); ranks: 2, 1 a node")
-        assert log[first + 1] == f"run folder:    {run}, a log for each node in its logs/"
+        first = log.index(f"job {job}, start {start}; nodes: 2 (n3 n4); ranks: 2, 1 per node")
+        assert log[first + 1] == f"run folder:    {run}, with a log for each node in logs/"
         assert log[first + 2] == f"stop and save: scancel --signal=INT {job}"
         resume = shlex.split(log[first + 3])
         assert resume == ["resume:", "sbatch", "--nodes=2", TRAIN, *jobs.words("preempted")]
         for node in ("n3", "n4"):
             lines = (run / "logs" / f"{job}-{start}-{node}.log").read_text().splitlines()
             assert lines[0] == f"{node}: 2 GPUs"  # all that the node has, by --exclusive
-            assert lines[1].startswith(f"{node}: {jobs.slurm.address(node)} by ")
+            assert lines[1].startswith(f"{node}: address {jobs.slurm.address(node)} on ")
 
 
 def test_shellcheck_is_content() -> None:

@@ -98,7 +98,7 @@ class WorkQueue:
 
         def one(*item: Any) -> Any:
             if self._given_up:
-                raise InterruptedError("given up")
+                raise InterruptedError("the save was cancelled")
             return call(*item)
 
         self._batch = WorkItems(one, *items)
@@ -135,7 +135,7 @@ def write(path: Path, size: int, block: Callable[[int], memoryview], queue: Work
         end = min(BLOCK, size - start)
         back = _fill(handle, buffers.get(), end, start, direct)
         if not _same(back, block(start)[:end]):
-            raise Damaged(f"{path.name}: the disk gives back other bytes at {start:,}")
+            raise Damaged(f"{path.name}: the disk returned other bytes than were written at byte {start:,}")
 
     try:
         checksums = queue.run(put, starts)
@@ -220,7 +220,7 @@ def read(path: Path, record: Record, first: int, stop: int, buffer: mmap.mmap) -
         raise Damaged(f"{path.name}: {error.strerror}") from None
     for number in range(first, stop):
         if zlib.crc32(content[number * BLOCK - base : (number + 1) * BLOCK - base]) != record["crc32"][number]:
-            raise Damaged(f"{path.name}: block {number} is not what was written")
+            raise Damaged(f"{path.name}: block {number} is damaged (it does not match its checksum)")
     return content
 
 

@@ -72,15 +72,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         content = (path / MANIFEST).read_bytes()
         manifest = json.loads(content)
     except FileNotFoundError:
-        raise Damaged("half a checkpoint, it has no manifest.json") from None
+        raise Damaged("incomplete, manifest.json is missing") from None
     except (OSError, ValueError) as error:
         raise Damaged(f"manifest.json cannot be read ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         written = manifest.get("format") if isinstance(manifest, dict) else None
-        raise Damaged(f"format {written}, this version reads {FORMAT}")
+        raise Damaged(f"has checkpoint format {written}, but this version reads format {FORMAT}")
     body, _, seal = content.rpartition(SEAL)
     if seal != f"{zlib.crc32(body)}\n}}\n".encode() or any(Path(name).name != name for name in manifest["files"]):
-        raise Damaged("manifest.json is not what was written")
+        raise Damaged("manifest.json is damaged (it does not match its checksum)")
     return manifest
 
 
@@ -103,7 +103,7 @@ def resolve_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
             raise UserError(f"--checkpoint {path}: {error}") from None
     found, why = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
-        what = "no complete checkpoint in it" if path.is_dir() else "no such folder"
+        what = "no complete checkpoint in this folder" if path.is_dir() else "no such folder"
         what += f" ({'; '.join(why)})" if why else ""
         raise UserError(f"--checkpoint {path}: {what}; give a run folder, such as runs/tiny, or a checkpoint folder")
     return found, why
@@ -111,8 +111,8 @@ def resolve_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
 
 def none_usable(folder: Path, why: Sequence[str]) -> str:
     return (
-        f"{folder}: no checkpoint there can be used ({'; '.join(why)}); move that folder away to start afresh, "
-        "or choose another run.name="
+        f"{folder}: no checkpoint in this folder can be used ({'; '.join(why)}); "
+        "move the folder away to start again at step 0, or choose another run.name="
     )
 
 

@@ -70,10 +70,12 @@ def _fits(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
     for name, tensor in targets.items():
         if name not in stored:
             what = "the optimizer's state" if name.startswith("optim.") else name
-            raise UserError(f"{checkpoint.path}: {what} is not in it")
+            raise UserError(f"{checkpoint.path}: the checkpoint does not contain {what}")
         shape = tuple(stored[name]["shape"])
         if shape != tuple(tensor.shape):
-            raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {shape} in the checkpoint, {tuple(tensor.shape)} in the model"
+            )
 
 
 def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokenizer, Config]:
@@ -88,7 +90,7 @@ def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokeniz
     model = build_model(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
     found, more = load_checkpoint(found, model, others=found.path != path)
     for why in [*passed_over, *more]:
-        print(f"passed over {why}", file=sys.stderr)
+        print(f"skipped checkpoint {why}", file=sys.stderr)
     tokenizer = Tokenizer(found.path / TOKENIZER)
     device = machine.device_with_room(requested, sum(p.numel() for p in model.parameters()))
     place(model, device, machine.inference_dtype(device))

@@ -35,7 +35,7 @@ def memory_error(error: BaseException, phase: str, step: int, micro_batch_size: 
     if step == 0:
         return UserError(
             f"out of memory while {phase}: `--dry-run` prints what the run needs; start more processes on more "
-            "machines or devices, or take a smaller model"
+            "machines or devices, or use a smaller model"
         )
     return UserError(
         f"out of memory in step {step}, {phase}: lower train.micro_batch_size={micro_batch_size} or "

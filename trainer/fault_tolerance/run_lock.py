@@ -46,8 +46,8 @@ class RunLock:
                 os.close(self._handle)
             if isinstance(error, UserError):
                 raise
-            why = f"{error.strerror}; the run folder cannot be written"
-            raise UserError(f"{folder}: {why}, make room there or set run.dir=") from None
+            why = f"the run folder cannot be written ({error.strerror})"
+            raise UserError(f"{folder}: {why}; free space or fix its permissions, or set run.dir= to another") from None
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def _flock(self) -> bool:
@@ -81,7 +81,7 @@ class RunLock:
     def _living(self) -> str:
         holder = read(self.path)
         who = f"process {holder.get('process')} on {holder.get('name')}" if holder else "another process"
-        return f"{self.path.parent}: {who} is training in it; end that one, or choose another run.name="
+        return f"{self.path.parent}: {who} is training in this folder; stop that process, or choose another run.name="
 
     def _now(self) -> float:
         """The file server's time, which need not be ours."""
@@ -109,7 +109,7 @@ class RunLock:
         """Raises LockLost unless the folder is still this run's."""
         if read(self.path).get("id") != self.id:
             raise LockLost(
-                f"{self.path}: no longer this run's, another took it over or removed it; this one saves no more"
+                f"{self.path}: another run took this lock over, or the file was removed; this run ends without saving"
             )
 
     def release(self) -> None:

@@ -79,11 +79,17 @@ class StopFlag:
             self.asked = True
             SIGNAL_RECEIVED.set()
             if number == signal.SIGINT:
-                log_stderr("Ctrl-C: saving after this step; once more ends at once")
+                log_stderr(
+                    "Ctrl-C: saving a checkpoint after this step, then ending; "
+                    "press Ctrl-C again after 2 s to end without saving"
+                )
             elif number.name == "SIGUSR1" and not self.stepped:
-                log_stderr("SIGUSR1 before a step was done: not to be queued again; give it more time")
+                log_stderr(
+                    "SIGUSR1 before the first step was done: the job is not requeued, because it would get no further; "
+                    "raise its time limit"
+                )
         elif now - first > REPEAT:
-            log_stderr(f"{number.name} again: ending at once, without saving")
+            log_stderr(f"second signal ({number.name}): ending at once, without saving")
             end_launcher()
             os._exit(128 + number)
 
@@ -97,12 +103,10 @@ def leave_mark(folder: Path, step: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{REQUEUE}"
-        aside.write_text(f"stopped at step {step} by a signal; starting it again goes on\n")
+        aside.write_text(f"stopped at step {step} by a signal; the same command resumes the run\n")
         os.replace(aside, folder / REQUEUE)
     except OSError as error:
-        log_stderr(
-            f"{folder / REQUEUE}: cannot be written ({error}); the cluster will not start this run again by itself"
-        )
+        log_stderr(f"{folder / REQUEUE}: cannot be written ({error}); the job will not be requeued, submit it again")
 
 
 def clear_mark(folder: Path) -> None:

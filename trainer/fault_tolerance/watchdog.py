@@ -224,8 +224,9 @@ class Watchdog:
             return None
         silent = [r for r, seen in self._seen.items() if self._clock - seen.alive > max(SILENT, 1.5 * self._every)]
         places = {rank: seen.place for rank, seen in self._seen.items()} | {self.rank: self.place}
-        return f"{self.place}: no rank has moved for {self._idle:.0f} s (run.timeout={self.timeout:.0f}); " + compare(
-            places, silent, [rank for rank in range(self.size) if rank not in places]
+        return (
+            f"{self.place}: no rank has made progress for {self._idle:.0f} s (run.timeout={self.timeout:.0f}); "
+            + compare(places, silent, [rank for rank in range(self.size) if rank not in places])
         )
 
     def _line(self) -> str:
@@ -254,7 +255,9 @@ class Watchdog:
             return self._verdict(error, self._store)
         except RuntimeError:  # the store is gone, and who kept it
             keeper = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-            lost = RankFailed(f"{self.place}: {keeper} of the first machine is gone, or the way to it")
+            lost = RankFailed(
+                f"{self.place}: lost the connection to {keeper} on the first machine: it ended, or the network failed"
+            )
             return lost if _of_the_network(error) else error
 
     def _verdict(self, error: Exception, store: "Store") -> Exception:
@@ -264,7 +267,7 @@ class Watchdog:
             if (gone := self._wait_for_a_reason(store, patience)) is not None:
                 self._deadline = time.monotonic() + 2 * GRACE, "", 1
                 seen = f"last seen in {self._seen[gone].place}"
-                return RankFailed(f"{self.place}: rank {gone} is gone, killed or with its machine ({seen})")
+                return RankFailed(f"{self.place}: rank {gone} is gone: it was killed, or its machine failed ({seen})")
         if not self._running and store.check(["end"]):
             return Stopped(False)
         text = str(error) if code == 2 else " ".join(f"{type(error).__name__}: {error}".split())
@@ -314,9 +317,9 @@ def compare(places: dict[int, Place], silent: list[int], absent: list[int]) -> s
     groups: dict[tuple[bool, str], list[int]] = {(False, "never started"): absent} if absent else {}
     for rank, place in sorted(places.items()):
         words = ", ".join([str(place), *([place.line] if place.line else [])])
-        words += ", no sign of life" if rank in silent else ""
+        words += ", not responding" if rank in silent else ""
         groups.setdefault((rank not in behind, words), []).append(rank)
-    none = "" if behind or absent else "none is behind; "
+    none = "" if behind or absent else "no rank is behind; "
     return none + "; ".join(
         f"{'waiting' if waits else 'behind'}: {_ranks(group)} ({words})"
         for (waits, words), group in sorted(groups.items())

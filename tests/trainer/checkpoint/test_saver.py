@@ -123,17 +123,23 @@ def flip(path, at):
 
 
 DAMAGE = {
-    "a flipped byte": (lambda p: flip(p / "shard-00000.safetensors", -1), "block 0 is not what was written"),
-    "one in a header": (lambda p: flip(p / "shard-00000.safetensors", 20), "block 0 is not what was written"),
-    "one in the tokenizer": (lambda p: flip(p / "tokenizer.model", 9), "tokenizer.model: block 0 is not what"),
-    "one in the manifest": (lambda p: flip_digit(p / "manifest.json"), "manifest.json is not what was written"),
-    "a path in it": (lambda p: lead_out(p / "manifest.json"), "manifest.json is not what was written"),
+    "a flipped byte": (lambda p: flip(p / "shard-00000.safetensors", -1), "block 0 is damaged"),
+    "one in a header": (lambda p: flip(p / "shard-00000.safetensors", 20), "block 0 is damaged"),
+    "one in the tokenizer": (lambda p: flip(p / "tokenizer.model", 9), "tokenizer.model: block 0 is damaged"),
+    "one in the manifest": (lambda p: flip_digit(p / "manifest.json"), "manifest.json is damaged"),
+    "a path in it": (lambda p: lead_out(p / "manifest.json"), "manifest.json is damaged"),
     "half a file": (lambda p: os.truncate(p / "shard-00000.safetensors", 2000), "has 2,000 of"),
     "no file": (lambda p: (p / "shard-00000.safetensors").unlink(), "shard-00000.safetensors is missing"),
-    "no manifest": (lambda p: (p / "manifest.json").unlink(), "half a checkpoint, it has no manifest.json"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "incomplete, manifest.json is missing"),
     "half a manifest": (lambda p: os.truncate(p / "manifest.json", 100), "manifest.json cannot be read"),
-    "another format": (lambda p: (p / "manifest.json").write_text('{"format": 1}'), "format 1, this version reads 2"),
-    "no format": (lambda p: (p / "manifest.json").write_text("[]"), "format None, this version reads 2"),
+    "another format": (
+        lambda p: (p / "manifest.json").write_text('{"format": 1}'),
+        "checkpoint format 1, but this version reads format 2",
+    ),
+    "no format": (
+        lambda p: (p / "manifest.json").write_text("[]"),
+        "checkpoint format None, but this version reads format 2",
+    ),
 }
 
 
@@ -190,7 +196,9 @@ def test_nothing_usable_is_refused_and_never_begun_anew(corpus_dir, plain, tmp_p
     shutil.copytree(plain, tmp_path / "run")
     for path in complete_checkpoints(tmp_path / "run" / "checkpoints"):
         flip(path / "shard-00000.safetensors", -1)
-    with pytest.raises(UserError, match="no checkpoint there can be used .*step-00000006: .*step-00000002: ") as error:
+    with pytest.raises(
+        UserError, match="no checkpoint in this folder can be used .*step-00000006: .*step-00000002: "
+    ) as error:
         cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=8")
     assert "\n" not in str(error.value)
     assert len(complete_checkpoints(tmp_path / "run" / "checkpoints")) == 3
@@ -344,6 +352,6 @@ def test_another_corpus_goes_on_only_where_it_is_allowed(corpus_dir, plain, tmp_
 def test_a_read_only_folder_is_one_line(corpus_dir, tmp_path):
     with small_disk(tmp_path / "disk", "1m"):
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
-        with pytest.raises(UserError, match="Read-only file system; the run folder cannot be written") as error:
+        with pytest.raises(UserError, match=r"the run folder cannot be written \(Read-only file system\)") as error:
             cases.run(corpus_dir, tmp_path / "disk", "run.name=run")
     assert "\n" not in str(error.value)

@@ -154,7 +154,7 @@ def test_which_signal_is_a_second_one(signals, code, said):
     words = [sys.executable, "-c", FLAG.format(signals=signals)]
     result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (result.returncode, result.stdout.strip()) == (code, said), result.stderr
-    assert ("again: ending at once" in result.stderr) == bool(code)
+    assert ("ending at once, without saving" in result.stderr) == bool(code)
 
 
 def test_a_signal_is_heard_deep_in_c_and_nohup_is_respected():
@@ -185,7 +185,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_run_does_not(corpus_dir, tmp_p
         first = it.workers()
         os.kill(first[1], signal.SIGKILL)
         it.wait_for(lambda: "resumed from step" in it.out, "another start")
-        assert "rank 1 is gone, killed or with its machine (last seen in step" in it.err
+        assert "rank 1 is gone: it was killed, or its machine failed (last seen in step" in it.err
         assert it.out.startswith("new run\n")
         steps = count(metrics)
         it.wait_for(lambda: count(metrics) > steps + 2, "more steps")
@@ -197,7 +197,7 @@ def test_a_killed_rank_starts_again_and_a_stopped_run_does_not(corpus_dir, tmp_p
             os.kill(it.pid, signal.SIGTERM)
         assert it.ends() == 1
         assert it.out.count("resumed from step") == 1 and it.out.count("stopped at step") == 1
-        assert "again: ending at once" not in it.err and "RankFailed" not in it.err
+        assert "ending at once, without saving" not in it.err and "RankFailed" not in it.err
         assert not set(second) & set(processes())
     assert (tmp_path / "k" / "requeue").exists()
     saved = complete_checkpoints(tmp_path / "k" / "checkpoints")[-1].name
@@ -229,7 +229,7 @@ def test_a_time_limit_before_the_first_step_leaves_no_mark(corpus_dir, tmp_path,
     monkeypatch.setattr(startup, "build", signalled)
     assert cases.run(corpus_dir, tmp_path, "run.name=u") == 0
     assert not (tmp_path / "u" / "requeue").exists() and count(tmp_path / "u" / "metrics.jsonl") == 0
-    assert "SIGUSR1 before a step was done: not to be queued again" in capfd.readouterr().err
+    assert "SIGUSR1 before the first step was done: the job is not requeued" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -261,8 +261,8 @@ def test_a_rank_that_is_stopped_is_named_before_the_timeout(corpus_dir, tmp_path
         os.kill(second.pid, signal.SIGSTOP)
         assert first.ends() == 1
         line = first.err.strip().splitlines()[-1]
-        assert "no rank has moved for" in line and "(run.timeout=30)" in line and line.startswith("step ")
-        assert "behind: rank 1 (step" in line and "no sign of life" in line and "waiting: rank 0 (step" in line
+        assert "no rank has made progress for" in line and "(run.timeout=30)" in line and line.startswith("step ")
+        assert "behind: rank 1 (step" in line and "not responding" in line and "waiting: rank 0 (step" in line
 
 
 @pytest.mark.slow
@@ -332,6 +332,6 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_it_clean(corpus_dir, tmp_path, wa
     assert clean and "Traceback" not in out and "Error" not in out
     step = len(cases.losses(tmp_path / "t"))
     assert last_line(out).startswith(f"stopped at step {step} of 100000, saved at {step}; to resume: ")
-    assert out.endswith("\r\n") and "Ctrl-C: saving after this step" in out
+    assert out.endswith("\r\n") and "Ctrl-C: saving a checkpoint after this step" in out
     assert os.waitstatus_to_exitcode(status) == (-signal.SIGINT if way == "make" else 0)  # as make itself ends
     assert not (tmp_path / "t" / "requeue").exists()

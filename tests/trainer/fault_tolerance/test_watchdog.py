@@ -227,7 +227,7 @@ def test_a_rank_that_was_killed_is_named(watches):
     second.mark("backward", 6)
     time.sleep(1.5)  # until it is in the store
     assert str(first.verdict(LOST)) == (
-        "step 7, forward: rank 1 is gone, killed or with its machine (last seen in step 6, backward)"
+        "step 7, forward: rank 1 is gone: it was killed, or its machine failed (last seen in step 6, backward)"
     )
 
 
@@ -243,7 +243,7 @@ def test_a_rank_that_hangs_is_named_by_the_others(watches):
         first.mark(phase, 12)
     assert fault_cases.wait_for(lambda: first.line and second.line)
     for watchdog in watches:
-        assert "no rank has moved for" in watchdog.line and "(run.timeout=6)" in watchdog.line
+        assert "no rank has made progress for" in watchdog.line and "(run.timeout=6)" in watchdog.line
         assert "behind: rank 1 (step 12, data" in watchdog.line and "waiting: rank 0 (step 12, forward" in watchdog.line
 
 
@@ -271,7 +271,10 @@ def test_ranks_that_spin_in_their_first_messages_hang(starting, at_work, phase, 
             watchdog.enter()
     assert fault_cases.wait_for(lambda: all(watchdog.line for watchdog in starting), 30)
     for watchdog in starting:
-        assert "no rank has moved for" in watchdog.line and "none is behind; waiting: ranks 0-1" in watchdog.line
+        assert (
+            "no rank has made progress for" in watchdog.line
+            and "no rank is behind; waiting: ranks 0-1" in watchdog.line
+        )
 
 
 def test_a_model_that_takes_long_to_build_is_no_hang(starting, at_work):
@@ -283,9 +286,9 @@ def test_a_model_that_takes_long_to_build_is_no_hang(starting, at_work):
 
 def test_the_line_groups_ranks():
     places = {rank: Place(4, "forward", 10, line="parallel/x.py:3") for rank in range(6)}
-    assert compare(places, [], []) == "none is behind; waiting: ranks 0-5 (step 4, forward, parallel/x.py:3)"
+    assert compare(places, [], []) == "no rank is behind; waiting: ranks 0-5 (step 4, forward, parallel/x.py:3)"
     places[3] = Place(4, "data", 9)
-    line = "behind: rank 3 (step 4, data, no sign of life)"
+    line = "behind: rank 3 (step 4, data, not responding)"
     assert compare(places, [3], []) == f"{line}; waiting: ranks 0-2, 4-5 (step 4, forward, parallel/x.py:3)"
     assert "behind: ranks 6-7 (never started)" in compare(places, [], [6, 7])
 

@@ -21,7 +21,7 @@ from parallel import collectives, mesh, rendezvous
 from parallel.build import build_model
 from parallel.mesh import Degrees, World
 from trainer import machine
-from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, none_usable, remove_partial
+from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, no_usable_checkpoint, remove_partial
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.config import Config
@@ -200,7 +200,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
     )
     if found is None:
         if skipped:
-            raise UserError(none_usable(folder / "checkpoints", skipped))
+            raise UserError(no_usable_checkpoint(folder / "checkpoints", skipped))
         return None, []
     manifest = found.manifest
     may_change = {f"model.{key}" for key in TRAINING_ONLY_KEYS}
@@ -373,7 +373,7 @@ def make_saver(run: Run, lock: RunLock | None) -> Saver:
         log,
     )
     saver.newest = run.step
-    if line := not_locked(collectives.gather(saver.image and saver.image.not_locked, saver.group)):
+    if line := not_locked(collectives.gather(saver.staging and saver.staging.page_lock_error, saver.group)):
         run.reporter.log(line)
     return saver
 

@@ -145,7 +145,7 @@ def import_folder(source: Path, out: Path, tokenizer: Path | None) -> None:
         checkpoint_tensors(model),
         path,
         CheckpointConfig(),
-        tell=lambda step, seconds, why: failures.extend([why] if why else []),
+        on_saved=lambda step, seconds, why: failures.extend([why] if why else []),
     )
     try:
         saver.save(0, fields, wait=True)

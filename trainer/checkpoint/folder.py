@@ -97,7 +97,7 @@ def write_manifest(path: Path, fields: Mapping[str, Any], table: str) -> None:
     """Write `manifest.json` into a folder, one key per line; `table` describes the tensors and is JSON already."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()]
     body = ("{\n" + ",\n".join([*lines, f'"tensors": {table}'])).encode()
-    block_io.write_small(path / MANIFEST, body + CHECKSUM_KEY + f"{zlib.crc32(body)}\n}}\n".encode())
+    block_io.write_bytes(path / MANIFEST, body + CHECKSUM_KEY + f"{zlib.crc32(body)}\n}}\n".encode())
 
 
 def resolve_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:

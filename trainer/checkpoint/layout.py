@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     TensorProperties,
@@ -250,7 +251,7 @@ def read(folder: Path, files: Mapping[str, FileChecksums], table: Table, tensors
 
 def _needed_regions(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Region]]:
     """The regions that this rank needs, by the rank whose file holds them."""
-    metadata = {}
+    metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, stored in table.items():
         if name in tensors:
             chunks = [

@@ -180,9 +180,9 @@ class Watchdog:
         elif self._idle > READ_FRACTION * self.timeout and self._clock - self._read_at >= self._read_interval:
             self._read_peers(store)
             if self._idle > HANG_FRACTION * self.timeout:
-                line = self._describe_hang()
-                if line is not None:
-                    self._end_process(line, 1)
+                hang = self._describe_hang()
+                if hang is not None:
+                    self._end_process(hang, 1)
 
     def _end_before_first_step(self) -> None:
         """End the run if some rank was asked to stop, and all ranks have confirmed it.

@@ -269,7 +269,7 @@ def test_ranks_that_only_spin_while_they_connect_hang(starting, busy_cpu, phase,
     for watchdog in starting:
         watchdog.mark(phase, step)
         if step:
-            watchdog.enter()
+            watchdog.enter_steps()
     assert fault_cases.wait_for(lambda: all(watchdog.line for watchdog in starting), 30)
     for watchdog in starting:
         assert (

@@ -33,7 +33,7 @@ PHASES = ("start", "step", "save", "evaluation")
 
 
 def settings(folder: Path, name: str, kills: int, more: Sequence[str]) -> list[str]:
-    """The settings of a run in `folder` that is long enough for so many kills."""
+    """The settings of a run in `folder` that is long enough for `kills` kills."""
     words = ["data.stories=300", "data.vocab_size=320", "data.seq_len=32", "data.validation=0.1"]
     words += ["model.dim=16", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16", "model.n_experts=5"]
     words += ["model.nope_every=2", "model.max_seq_len=512", "model.dropout=0.1", "train.dtype=float32"]

@@ -86,7 +86,7 @@ def _write_data(item: WriteItem) -> TensorWriteData:
 def _header(items: Sequence[WriteItem]) -> Header:
     """The header of a file that holds `items`: weights first, then the optimizer's state.
 
-    No element lies across the border of two blocks, because the data is aligned.
+    No element crosses the border between two blocks, because the data is aligned.
     """
     entries = []
     for item in sorted(items, key=lambda item: item.index.fqn.startswith("optim.")):

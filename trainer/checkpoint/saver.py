@@ -51,7 +51,8 @@ def _ignore_result(step: int, seconds: float, error: str | None) -> None:
 class Saver:
     """Writes checkpoints of `tensors` into `folder`. It is created, and each method is called, on all ranks together.
 
-    `on_saved(step, seconds, error)` is called at the end of each save; `error` says why it failed, None if it did not.
+    `on_saved(step, seconds, error)` is called at the end of each save; `error` is the reason if it failed, otherwise
+    None.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Saver:
         # A separate group: messages of a save come between those of training, which on a GPU are not sent by gloo.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.plan = layout.make_plan(tensors, self.group)
-        self._table = json.dumps(self.plan.table)  # once: it takes a while, and does not change
+        self._table = json.dumps(self.plan.table)  # once, because it is slow and the table does not change
         self.source = layout.ShardSource(self.plan, tensors)
         self.staging = layout.StagingBuffer(self.source) if config.async_save else None
         self.lock_id = collectives.broadcast(lock.id if lock is not None else "0", self.group)
@@ -173,7 +174,7 @@ class Saver:
         except Exception:
             shutil.rmtree(save.partial, ignore_errors=True)
             raise
-        # In the background, because it takes a while to remove gigabytes.
+        # In the background, because removing gigabytes is slow.
         self._thread.submit(prune_checkpoints, self.folder, save.step, self.config.keep, self.config.keep_every)
 
     def close(self) -> None:
@@ -183,7 +184,7 @@ class Saver:
 
 
 def _message(error: BaseException) -> str:
-    """What the log says about an error."""
+    """The text of an error for the log."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

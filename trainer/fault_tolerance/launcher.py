@@ -13,7 +13,7 @@ import time
 from typing import NoReturn
 
 SIGNAL_RECEIVED = threading.Event()  # set by `signals.StopFlag`
-SIGNAL_TIMEOUT_S = 5.0  # that torchrun may take to pass on the SIGHUP of `end_launcher`
+SIGNAL_TIMEOUT_S = 5.0  # until torchrun has passed on the SIGHUP of `end_launcher`
 
 
 def die_with_parent() -> None:
@@ -43,8 +43,8 @@ def watch_parent() -> None:
 def end_launcher() -> None:
     """Keep torchrun from restarting its workers, because a restart would fail again or nobody asked for it.
 
-    One rank sends SIGHUP to torchrun, because batch scripts take SIGTERM for one of the cluster. The other ranks wait
-    until torchrun passes it on: if one of them ended before, torchrun would restart the workers.
+    One rank sends SIGHUP to torchrun. SIGTERM would not do, because batch scripts would think that the cluster sent it.
+    The other ranks wait until torchrun passes the signal on: if one ended before, torchrun would restart the workers.
     """
     if restarts_left() <= 0:
         return
@@ -63,7 +63,7 @@ def restarts_left() -> int:
 def exit_now(code: int) -> NoReturn:
     """End this process with an exit code, without Python's finalization. Output is flushed.
 
-    Finalization takes half a second of CPU time with torch. It also aborts (SIGABRT) if a thread returns from a store
+    With torch, finalization costs half a second of CPU time. It also aborts (SIGABRT) if a thread returns from a store
     or a collective during it, and then a run that has finished would count as failed.
     """
     with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ from trainer.fault_tolerance.processes import process_alive
 
 NAME = "lock"
 LEASE_S = 60.0  # without renewal, after which a run on another host counts as dead
-FLOCK_TIMEOUT_S = 3.0  # that a killed process may take to end
+FLOCK_TIMEOUT_S = 3.0  # a killed process has ended, and has released its flock, by then
 
 
 class LockLost(UserError):
@@ -85,8 +85,10 @@ class RunLock:
     def _held_by_another(self) -> str:
         """The error message for a folder that another run holds."""
         holder = read_holder(self.path)
-        who = f"process {holder.get('process')} on {holder.get('name')}" if holder else "another process"
-        return f"{self.path.parent}: {who} is training in this folder; stop that process, or choose another run.name="
+        process = f"process {holder.get('process')} on {holder.get('name')}" if holder else "another process"
+        return (
+            f"{self.path.parent}: {process} is training in this folder; stop that process, or choose another run.name="
+        )
 
     def _now(self) -> float:
         """The time of the file server, which may differ from this host's."""

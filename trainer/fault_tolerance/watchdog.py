@@ -210,7 +210,7 @@ class Watchdog:
                     store.set("end", "")
 
     def _end_run(self, requeue: bool) -> None:
-        """Let the main thread raise Stopped at its next mark; if it reaches none, end the process."""
+        """Make the main thread raise Stopped at its next mark; if it reaches none, end the process."""
         if self.rank == 0:
             if requeue:
                 write_requeue_file(self.folder, 0)

@@ -112,10 +112,12 @@ def test_a_run_that_lost_its_lock_leaves_the_new_one_alone(tmp_path):
     assert run_lock.read_holder(lock.path) == other
 
 
-def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
+def test_an_unwritable_folder_ends_the_run_in_one_line(corpus_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"the run folder cannot be written \(Not a directory\); .* set run.dir="):
-        RunLock(tmp_path / "file" / "run")
+    message = r"the run folder cannot be written \(Not a directory\); .* set run.dir="
+    with pytest.raises(UserError, match=message) as error:
+        cases.run(corpus_dir, tmp_path / "file", "run.name=run")
+    assert "\n" not in str(error.value)
 
 
 def test_ranks_that_see_different_folders_are_reported(pool, corpus_dir, tmp_path):

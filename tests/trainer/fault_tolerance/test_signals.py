@@ -47,7 +47,7 @@ def uninterrupted(corpus_dir, tmp_path_factory):
     return runs / "stops"
 
 
-# The signal comes as soon as metrics.jsonl has so many lines of a kind.
+# The signal comes as soon as metrics.jsonl has this number of lines of this kind.
 MOMENTS = [("start", 0), ("train", 1), ("eval", 1), ("train", 4), ("eval", 6), ("train", 8), ("eval", 8)]
 
 

@@ -232,11 +232,6 @@ def test_a_rank_that_was_killed_is_named(watchdogs):
     )
 
 
-def test_a_rank_ends_with_its_own_error_if_it_was_the_first(watchdogs):
-    error = ValueError("mine")
-    assert watchdogs[0].final_error(error) is error
-
-
 def test_a_rank_that_hangs_is_named_by_all_ranks(watchdogs):
     first, second = watchdogs
     second.mark("data", 12)

@@ -87,9 +87,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         written = manifest.get("format") if isinstance(manifest, dict) else None
         raise Damaged(f"has checkpoint format {written}, but this version reads format {FORMAT}")
     body, _, checksum = content.rpartition(CHECKSUM_KEY)
-    leaves_folder = any(Path(name).name != name for name in manifest["files"])
-    if checksum != f"{zlib.crc32(body)}\n}}\n".encode() or leaves_folder:
+    if checksum != f"{zlib.crc32(body)}\n}}\n".encode():
         raise Damaged("manifest.json is damaged (it does not match its checksum)")
+    if any(Path(name).name != name for name in manifest["files"]):
+        raise Damaged("manifest.json names a file outside of the checkpoint's folder")
     return manifest
 
 

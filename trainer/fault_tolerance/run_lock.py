@@ -1,9 +1,9 @@
 """The lock of a run folder: only one run at a time trains in it. Rank 0 holds the file `lock` in the folder.
 
-Between runs on one host an flock decides, which the kernel releases when the process ends, however it ends. If the file
-system has no flock, it counts whether the process is alive. Between hosts a lease decides: the file's modification
-time, which the run renews while it is alive. The file contains a random id, and a run publishes a checkpoint only while
-the id is its own. So a run that was wrongly taken for dead does no harm.
+On one host the lock is an flock, which the kernel releases when the process ends, however it ends. On a file system
+without flock the lock is held while the process that the file names is alive. Between hosts the lock is a lease: the
+file's modification time, which the run renews while it is alive. The file contains a random id, and a run publishes a
+checkpoint only while the id is its own. So a run that was wrongly considered dead does no harm.
 """
 
 import fcntl
@@ -152,7 +152,7 @@ def lock_is_visible(folder: Path, lock_id: str, timeout: float) -> bool:
 
 
 def _host() -> str:
-    """The id of this host's boot. A host name is no substitute: containers on different hosts may share it."""
+    """The id of this host's boot, which its containers share. Containers of different hosts may share a host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

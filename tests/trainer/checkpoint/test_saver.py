@@ -132,7 +132,7 @@ DAMAGE = {
         "tokenizer.model: block 0 is damaged",
     ),
     "a changed manifest": (lambda p: flip_digit(p / "manifest.json"), "manifest.json is damaged"),
-    "a path in the manifest": (lambda p: lead_out(p / "manifest.json"), "manifest.json is damaged"),
+    "a path in the manifest": (lambda p: lead_out(p / "manifest.json"), "manifest.json names a file outside"),
     "half a file": (lambda p: os.truncate(p / "shard-00000.safetensors", 2000), "has 2,000 of"),
     "no file": (lambda p: (p / "shard-00000.safetensors").unlink(), "shard-00000.safetensors is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "incomplete, manifest.json is missing"),

@@ -75,13 +75,10 @@ def test_a_run_stopped_at_any_moment_ends_as_if_never_stopped(pool, corpus_dir, 
         assert cases.last_digest(folder) == cases.last_digest(uninterrupted)
     else:
         assert cases.losses(folder) == pytest.approx(cases.losses(uninterrupted), rel=1e-5)
-    assert (
-        evaluated_steps(folder / "metrics.jsonl")
-        == evaluated_steps(uninterrupted / "metrics.jsonl")
-        == list(range(1, 9))
-    )
-    names = [sorted(p.name for p in (f / "samples").iterdir()) for f in (folder, uninterrupted)]
-    assert names[0] == names[1] and len(names[0]) == 4
+    for run in (folder, uninterrupted):
+        assert evaluated_steps(run / "metrics.jsonl") == list(range(1, 9))
+    samples, expected = (sorted(p.name for p in (run / "samples").iterdir()) for run in (folder, uninterrupted))
+    assert samples == expected and len(samples) == 4
 
 
 # At which call of `raise_if_stopped` the signal comes, the phase then, and the steps evaluated before the end.

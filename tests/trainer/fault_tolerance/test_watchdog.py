@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -267,10 +268,8 @@ def test_ranks_that_only_spin_while_they_connect_hang(starting, busy_cpu, phase,
             watchdog.enter_steps()
     assert fault_cases.wait_for(lambda: all(watchdog.line for watchdog in starting), 30)
     for watchdog in starting:
-        assert (
-            "no rank has made progress for" in watchdog.line
-            and "no rank is behind; waiting: ranks 0-1" in watchdog.line
-        )
+        assert "no rank has made progress for" in watchdog.line
+        assert "no rank is behind; waiting: ranks 0-1" in watchdog.line
 
 
 def test_to_build_a_model_for_long_is_no_hang(starting, busy_cpu):
@@ -278,6 +277,12 @@ def test_to_build_a_model_for_long_is_no_hang(starting, busy_cpu):
         watchdog.mark("building the model")
     time.sleep(9)  # 1.5 times run.timeout
     assert not any(watchdog.line for watchdog in starting)
+
+
+def test_the_source_line_is_that_of_the_main_thread():
+    with ThreadPoolExecutor(1) as thread:
+        line = thread.submit(Watchdog()._source_line).result()
+    assert line.startswith("tests/trainer/fault_tolerance/test_watchdog.py:")
 
 
 def test_ranks_in_the_same_place_are_grouped():

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Makes .venv and installs the project into it, or brings an existing .venv up to date.
+# Creates .venv and installs the project into it, or updates an existing .venv.
 #   [PYTHON=python3.12] sh launch/install.sh EXTRAS       called by make; EXTRAS as in `pip install .[EXTRAS]`
-# A torch >= 2.11 that the chosen Python can import already (Kaggle, a cluster's module) is used as it is.
+# If the chosen Python can already import torch 2.11 or newer (as on Kaggle, or from a cluster's module), that torch is
+# used.
 cd "$(dirname "$0")/.." || exit 1
 started=$(date +%s)
 
@@ -10,13 +11,21 @@ fail() {
     exit 1
 }
 
-# A half-made environment is worse than none: whatever ends this script early takes it away.
-fresh=
-trap 'code=$?; [ $code -eq 0 ] || [ -z "$fresh" ] || rm -rf .venv; exit $code' EXIT
+# If this script ends early, it removes the .venv that it has created, because an incomplete one would be used as it is.
+created=
+remove_incomplete() {
+    code=$?
+    if [ "$code" -ne 0 ] && [ -n "$created" ]; then
+        rm -rf .venv
+    fi
+    exit "$code"
+}
+trap remove_incomplete EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# Prints 3.11 and the like; nothing for what is not there or does not run (a shim without a version behind it).
+# Prints a Python's version, such as 3.11. Prints nothing if the command does not exist, or does not run (such as a shim
+# of pyenv without a version).
 version_of() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null
 }
@@ -29,35 +38,35 @@ choose_python() {
     if [ -n "$PYTHON" ]; then
         suitable "$PYTHON" && return
         version=$(version_of "$PYTHON")
-        fail "PYTHON=$PYTHON ${version:+is Python }${version:-does not run}; needed is Python 3.11 to 3.14"
+        fail "PYTHON=$PYTHON ${version:+is Python }${version:-does not run}; Python 3.11 to 3.14 is required"
     fi
     for PYTHON in python3.14 python3.13 python3.12 python3.11 python3; do
         suitable "$PYTHON" && return
     done
-    fail "found no Python 3.11 to 3.14; install one, or name it: make PYTHON=/path/to/python3"
+    fail "found no Python 3.11 to 3.14; install one, or give its path: make PYTHON=/path/to/python3"
 }
 
 make_venv() {
     choose_python
     version=$(version_of "$PYTHON")
     hint="on Debian and Ubuntu: apt install python$version-venv"
-    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "$PYTHON cannot make virtual environments; $hint"
-    fresh=yes
+    "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || fail "$PYTHON cannot create virtual environments; $hint"
+    created=yes
     rm -rf .venv
-    "$PYTHON" -m venv .venv || fail "$PYTHON could not make .venv ($hint)"
-    # What --system-site-packages does, but for a PYTHON that is itself of a virtual environment too: that
-    # option would show the Python below it, not its packages.
+    "$PYTHON" -m venv .venv || fail "$PYTHON could not create .venv; $hint"
+    # Makes the packages of $PYTHON visible in .venv. The option --system-site-packages would do the same, except if
+    # $PYTHON belongs to a virtual environment itself: then it would show the packages of the base Python.
     outside=$("$PYTHON" -c '
 import sys, torch
 if torch.__version__ < "2.11":
     sys.exit("torch is too old")
 print("import site" + "".join(f"; site.addsitedir({p!r})" for p in sys.path if p.endswith("-packages")))
 ' 2>/dev/null) || return 0
-    echo "install: using the torch of $PYTHON"
+    echo "install: using the torch that $PYTHON already has"
     echo "$outside" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outside.pth"
 }
 
-# The pins, less those of packages that lie outside .venv: they were made to fit the torch that is there.
+# Copies constraints.txt, without the packages that are installed outside .venv: those fit the torch that is there.
 write_constraints() {
     .venv/bin/python - <<'EOF'
 import re, sys
@@ -73,9 +82,9 @@ EOF
 }
 
 .venv/bin/python -c '' 2>/dev/null || make_venv
-echo "install: $(.venv/bin/python -V) and the packages of setup.cfg[$1] into .venv; the first time takes minutes"
+echo "install: $(.venv/bin/python -V) and the packages of setup.cfg[$1] into .venv; the first time this takes minutes"
 write_constraints || fail "could not read constraints.txt"
-# --no-compile: Python compiles what is imported when it is imported, a small part of what is installed.
+# --no-compile saves time: Python compiles a module when it is first imported, and only few are.
 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --quiet --no-compile \
-    --editable ".[$1]" --constraint .venv/constraints.txt || fail "pip failed, see above"
+    --editable ".[$1]" --constraint .venv/constraints.txt || fail "pip failed, see its messages above"
 echo "install: $(($(date +%s) - started)) s"

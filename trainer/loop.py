@@ -21,7 +21,7 @@ from trainer import machine
 from trainer.config import Config
 from trainer.evaluation import describe, evaluate
 from trainer.fault_tolerance.errors import AlreadyFinished, Stopped
-from trainer.fault_tolerance.signals import StopFlag, leave_mark
+from trainer.fault_tolerance.signals import StopFlag, write_requeue_file
 from trainer.fault_tolerance.watchdog import report_failures
 from trainer.generate import Sampling, generate_text
 from trainer.metrics import read_lines
@@ -76,7 +76,7 @@ def train_steps(run: Run, last: int) -> None:
     started = time.perf_counter()
     for batch, waited in timed_batches(run, last):
         result = train_step(run, batch)
-        run.stop.stepped = True
+        run.stop.step_done = True
         now = time.perf_counter()
         seconds, started = now - started, now
         speed = batch.real_tokens / seconds
@@ -134,8 +134,8 @@ def raise_if_stopped(run: Run) -> None:
 
     Called before the first step, before each batch of an evaluation, and after each token of a sample.
     """
-    run.watchdog.mark(run.watchdog.place.phase)
-    (requests,) = collectives.sum_over_ranks(torch.tensor([run.stop.asked, run.stop.requeue]))
+    run.watchdog.mark(run.watchdog.progress.phase)
+    (requests,) = collectives.sum_over_ranks(torch.tensor([run.stop.requested, run.stop.requeue]))
     stop, requeue = (requests > 0).tolist()
     if stop:
         raise Stopped(requeue)
@@ -209,7 +209,7 @@ def end_early(run: Run, requeue: bool) -> None:
     """End a run before its last step; `requeue`: the cluster is to start it again."""
     assert run.saver is not None
     if requeue and run.world.rank == 0:
-        leave_mark(run.folder, run.step)
+        write_requeue_file(run.folder, run.step)
     run.watchdog.close()  # no rank waits for another from here on
     run.reporter.event(run.step, "stopped", requeue=requeue)
     run.reporter.close()

@@ -21,14 +21,14 @@ from parallel import collectives, mesh, rendezvous
 from parallel.build import build_model
 from parallel.mesh import Degrees, World
 from trainer import machine
-from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, none_usable, remove_partial
+from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, no_usable_checkpoint, remove_partial
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.config import Config
 from trainer.fault_tolerance.errors import AlreadyFinished, RankFailed
 from trainer.fault_tolerance.processes import sibling_exited
-from trainer.fault_tolerance.run_lock import RunLock, sees
-from trainer.fault_tolerance.signals import StopFlag, clear_mark
+from trainer.fault_tolerance.run_lock import RunLock, lock_is_visible
+from trainer.fault_tolerance.signals import StopFlag, remove_requeue_file
 from trainer.fault_tolerance.watchdog import Watchdog, report_failures
 from trainer.hub.importer import InitialWeights, initial_weights
 from trainer.hub.mapping import MAY_DIFFER_KEYS
@@ -62,7 +62,7 @@ def start(config: Config, stop: StopFlag) -> Run:
 
 def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitStack) -> Run:
     if world.rank == 0:
-        clear_mark(config.run.folder)
+        remove_requeue_file(config.run.folder)
     machine.keep_freed_memory()
     store = _meet(config, world, watchdog)
 
@@ -115,19 +115,19 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
 
     watchdog.mark("the first message")
     if world.rank == 0:
-        watchdog.enter()
+        watchdog.enter_steps()
     collectives.broadcast(None)  # rank 0 is past the point up to which all ranks end before the first step
-    watchdog.enter()
+    watchdog.enter_steps()
     return run
 
 
 def _meet(config: Config, world: World, watchdog: Watchdog) -> Any:
     """The store through which the processes of this start find one another; the watchdog starts with it."""
     try:
-        store = rendezvous.find_others(world, config.run.timeout, lambda: watchdog.stop.asked and sibling_exited())
+        store = rendezvous.find_others(world, config.run.timeout, lambda: watchdog.stop.requested and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
-    watchdog.begin(store and rendezvous.second_connection(store, f"watch/{next(_restart_count)}"))
+    watchdog.start(store and rendezvous.second_connection(store, f"watch/{next(_restart_count)}"))
     return store
 
 
@@ -178,7 +178,7 @@ def lock_run_folder(config: Config, world: World) -> RunLock | None:
             error = str(reason)
     lock_id, error = collectives.broadcast((lock and lock.id, error))
     if error is None:
-        seen = sees(folder, lock_id, VISIBILITY_TIMEOUT_S)
+        seen = lock_is_visible(folder, lock_id, VISIBILITY_TIMEOUT_S)
         if host := collectives.first_error(None if seen else gethostname()):
             error = f"{folder}: {host} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
     if error is not None:
@@ -200,7 +200,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
     )
     if found is None:
         if skipped:
-            raise UserError(none_usable(folder / "checkpoints", skipped))
+            raise UserError(no_usable_checkpoint(folder / "checkpoints", skipped))
         return None, []
     manifest = found.manifest
     may_change = {f"model.{key}" for key in MAY_DIFFER_KEYS}
@@ -373,7 +373,7 @@ def make_saver(run: Run, lock: RunLock | None) -> Saver:
         log,
     )
     saver.newest = run.step
-    if line := not_locked(collectives.gather(saver.image and saver.image.not_locked, saver.group)):
+    if line := not_locked(collectives.gather(saver.staging and saver.staging.page_lock_error, saver.group)):
         run.reporter.log(line)
     return saver
 

@@ -42,7 +42,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     parts = gradients.local_gradients(model)
     square = gradients.sum_of_squares(model, run.config.parallel.replicate)
     ready_here = run.saver is not None and run.saver.ready
-    said = to_device(torch.tensor([run.stop.asked, run.stop.requeue, ready_here]), run.device)
+    said = to_device(torch.tensor([run.stop.requested, run.stop.requeue, ready_here]), run.device)
     total_square, total_loss, total_loads, total_statistics, (stops, requeues, ready) = collectives.sum_over_ranks(
         square.to(run.device), loss, loads.to(run.device), statistics.to(run.device), said
     )

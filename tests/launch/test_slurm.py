@@ -1,6 +1,7 @@
-"""launch/slurm/ on a real SLURM: what ends a job, what puts it back into the queue, and that the run stays the same.
+"""launch/slurm/ on a real SLURM: how jobs end, which are requeued, and that their runs keep the same losses.
 
-All jobs run side by side, each driven by a function below, since most of the time is waiting.
+Each scenario below is a function that submits a job and interrupts it. All scenarios run at the same time, because each
+waits most of the time.
 """
 
 import contextlib
@@ -26,18 +27,18 @@ from trainer.metrics import read_lines
 pytestmark = pytest.mark.slow
 TRAIN = "launch/slurm/train.sbatch"
 STEPS = 60
-PROMPT = 'Tom\'s "big" dog  & 5%'  # quotes, blanks, and what shells and SLURM take for their own
+PROMPT = 'Tom\'s "big" dog  & 5%'  # quotes, spaces, and characters that shells and SLURM interpret
 
 
 class Jobs:
-    """Submits runs of seconds, and looks into their folders."""
+    """Submits short runs, and reads their folders."""
 
     def __init__(self, slurm: Slurm) -> None:
         self.slurm = slurm
         self.runs = slurm.folder / "runs & more"
         self.corpus = slurm.folder / "corpus"
         self.ids: dict[str | None, str] = {}  # by run name
-        self.first_is_under_way = threading.Event()
+        self.time_limit_job_started = threading.Event()
         setup = slurm.folder / "set up.sh"
         python = shlex.quote(str(Path(sys.executable).parent))
         setup.write_text(f'PATH={python}:$PATH; echo "$SLURMD_NODENAME: $SLURM_GPUS_ON_NODE GPUs"\n')
@@ -48,7 +49,7 @@ class Jobs:
         return ["--config", "launch/tiny.yaml", *settings, *([f"run.name={name}"] if name else [])]
 
     def submit(self, name: str | None, *flags: str, nodes: int = 2, more: tuple[str, ...] = (), **env: str) -> str:
-        flags = flags or ("--oversubscribe",)  # all on n1 and n2
+        flags = flags or ("--oversubscribe",)  # all jobs share n1 and n2
         words = [f"--nodes={nodes}", *flags, TRAIN, *self.words(name, *more)]
         self.ids[name] = self.slurm.submit(*words, **(self.environment | env))
         return self.ids[name]
@@ -56,35 +57,38 @@ class Jobs:
     def losses(self, name: str) -> list[float]:
         return cases.losses(self.runs / name)
 
-    def hold(self, name: str) -> int:
-        """Waits until a run is at its fifth step or after, and stops the clock for its rank 0. Returns its process."""
+    def suspend(self, name: str) -> int:
+        """Wait until a run has done five steps, and suspend its rank 0. Returns the rank's process id."""
         metrics = self.runs / name / "metrics.jsonl"
         end = time.monotonic() + 200
         while sum(line["kind"] == "train" for line in read_lines(metrics)) < 5:
-            assert time.monotonic() < end, f"{name}: no step"
+            assert time.monotonic() < end, f"{name}: fewer than five steps"
             time.sleep(0.05)
         process = rank_0(name)
         os.kill(process, signal.SIGSTOP)
         return process
 
-    def wait_for(self, words: str, job: str) -> None:
+    def wait_for_log(self, text: str, job: str) -> None:
+        """Wait until the log of a job contains a text."""
         end = time.monotonic() + 200
-        while words not in self.slurm.log(job):
+        while text not in self.slurm.log(job):
             assert time.monotonic() < end, self.slurm.log(job)
             time.sleep(0.1)
 
 
 def rank_0(name: str) -> int:
+    """The process id of a run's rank 0."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words, variables = ((process / part).read_bytes().split(b"\0") for part in ("cmdline", "environ"))
-            if f"run.name={name}".encode() in words and b"RANK=0" in variables:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if f"run.name={name}".encode() in words and b"RANK=0" in environment:
                 return int(process.name)
     raise AssertionError(f"{name}: no process of rank 0")
 
 
-def pending(process: int, number: signal.Signals) -> bool:
-    """Whether the signal waits for a process that was stopped, or has waited."""
+def is_pending(process: int, number: signal.Signals) -> bool:
+    """Whether the signal is pending for a suspended process. True, too, if the process has ended."""
     try:
         status = Path(f"/proc/{process}/status").read_text().splitlines()
     except FileNotFoundError:
@@ -92,18 +96,19 @@ def pending(process: int, number: signal.Signals) -> bool:
     return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in status if "Pnd:" in line)
 
 
-def let_go(process: int) -> None:
+def resume(process: int) -> None:
+    """Continue a suspended process."""
     with contextlib.suppress(ProcessLookupError):  # SLURM may have sent SIGCONT already
         os.kill(process, signal.SIGCONT)
 
 
 def undisturbed(jobs: Jobs) -> None:
-    """An array of two, of which the last is stopped by the signal of a time limit: it alone is queued again."""
-    jobs.first_is_under_way.wait()
+    """An array of two tasks. The second receives the signal of a time limit, and it alone is requeued."""
+    jobs.time_limit_job_started.wait()
     job = jobs.submit(None, "--oversubscribe", "--array=1-2", more=("eval.batches=%a",))
-    held = jobs.hold("tiny-2")
+    suspended = jobs.suspend("tiny-2")
     jobs.slurm.call("scancel", "--signal=USR1", f"{job}_2")
-    let_go(held)
+    resume(suspended)
     ends = [jobs.slurm.wait(f"{job}_{task}", "COMPLETED") for task in (1, 2)]
     assert [end["Restarts"] for end in ends] == ["0", "1"]
     assert len(jobs.losses("tiny-1")) == STEPS
@@ -113,81 +118,83 @@ def undisturbed(jobs: Jobs) -> None:
 
 
 def time_limit(jobs: Jobs) -> None:
-    """Started ahead of the others: SLURM looks at limits twice a minute only."""
+    """Starts before the other scenarios, because SLURM checks time limits only twice a minute."""
     job = jobs.submit("limit", "--oversubscribe", "--signal=USR1@5")
     try:
-        held = jobs.hold("limit")
+        suspended = jobs.suspend("limit")
     finally:
-        jobs.first_is_under_way.set()
+        jobs.time_limit_job_started.set()
     hours, minutes, seconds = map(int, jobs.slurm.job(job)["RunTime"].split(":"))
     jobs.slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 1 + (seconds > 25)}")
     end = time.monotonic() + 150
-    while not pending(held, signal.SIGUSR1):
+    while not is_pending(suspended, signal.SIGUSR1):
         assert time.monotonic() < end, "no SIGUSR1"
         time.sleep(0.2)
-    let_go(held)
+    resume(suspended)
     jobs.slurm.wait(job, "PENDING")
     jobs.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
     log = jobs.slurm.log(job)
-    assert "to be queued again" in log and "resumed from step" in log and "Traceback" not in log
+    assert (
+        "stopped before its last step, requeueing it" in log and "resumed from step" in log and "Traceback" not in log
+    )
 
 
 def requeued(jobs: Jobs) -> None:
-    """A rank is killed, and torchrun starts all again; then by an administrator: SLURM gives KillWait, 30 seconds."""
-    jobs.first_is_under_way.wait()
+    """A rank is killed and torchrun restarts all; then an administrator requeues the job, with KillWait (30 s)."""
+    jobs.time_limit_job_started.wait()
     job = jobs.submit("requeued", more=("checkpoint.every=2",), MAX_RESTARTS="1")
-    os.kill(jobs.hold("requeued"), signal.SIGKILL)
-    jobs.wait_for("resumed from step", job)
-    jobs.hold("requeued")
-    jobs.slurm.call("scontrol", "requeue", job)  # it sends SIGCONT, too
+    os.kill(jobs.suspend("requeued"), signal.SIGKILL)
+    jobs.wait_for_log("resumed from step", job)
+    jobs.suspend("requeued")
+    jobs.slurm.call("scontrol", "requeue", job)  # SLURM also sends SIGCONT
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
     assert jobs.slurm.log(job).count("resumed from step") == 2
 
 
 def preempted(jobs: Jobs) -> None:
-    """By a job of a partition with a higher priority, with GraceTime: the script queues the job again."""
-    jobs.first_is_under_way.wait()
+    """A job of a partition with a higher priority preempts it, with GraceTime: the script requeues it."""
+    jobs.time_limit_job_started.wait()
     job = jobs.submit("preempted", "--partition=spare")
-    jobs.hold("preempted")
+    jobs.suspend("preempted")
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1")
     other = jobs.slurm.submit(*urgent)
     jobs.slurm.wait(other, "COMPLETED")
     assert jobs.slurm.wait(job, "COMPLETED")["Restarts"] == "1"
-    assert "to be queued again" in jobs.slurm.log(job)
+    assert "stopped before its last step, requeueing it" in jobs.slurm.log(job)
 
 
-def preempted_at_once(jobs: Jobs) -> None:
-    """Before the trainer can save: there is nothing to lose, but the job's place in the queue."""
-    jobs.first_is_under_way.wait()
+def preempted_before_training(jobs: Jobs) -> None:
+    """SIGTERM arrives before the trainer runs: the script requeues the job."""
+    jobs.time_limit_job_started.wait()
     job = jobs.submit("early", nodes=1)
-    jobs.wait_for("meeting at", job)
+    jobs.wait_for_log("rendezvous at", job)
     jobs.slurm.call("scancel", "--signal=TERM", job)
     assert jobs.slurm.wait(job, "PENDING")["Restarts"] == "1"
     jobs.slurm.call("scancel", job)
 
 
 def stopped_by_the_user(jobs: Jobs) -> None:
-    """By the command that the log names: saved, and not queued again."""
-    jobs.first_is_under_way.wait()
+    """The command from the log stops the job: it saves and is not requeued."""
+    jobs.time_limit_job_started.wait()
     job = jobs.submit("stopped", nodes=1)
-    held = jobs.hold("stopped")
+    suspended = jobs.suspend("stopped")
     (line,) = [line for line in jobs.slurm.log(job).splitlines() if line.startswith("stop and save: ")]
     jobs.slurm.call(*line.removeprefix("stop and save: ").split())
-    let_go(held)
+    resume(suspended)
     end = jobs.slurm.wait(job, "FAILED")
     log = jobs.slurm.log(job)
     assert end["ExitCode"] == "130:0", log
     step = len(jobs.losses("stopped"))
-    resume = f"sbatch --nodes=1 {TRAIN} {shlex.join(jobs.words('stopped'))}"
-    assert f"stopped at step {step} of {STEPS}, saved at {step}; to resume: {resume}" in log
+    command = f"sbatch --nodes=1 {TRAIN} {shlex.join(jobs.words('stopped'))}"
+    assert f"stopped at step {step} of {STEPS}, saved at {step}; to resume: {command}" in log
 
 
 def cancelled(jobs: Jobs) -> None:
-    """scancel alone gives KillWait, too: saved, and not queued again."""
-    jobs.first_is_under_way.wait()
+    """scancel without a signal gives KillWait: the job saves and is not requeued."""
+    jobs.time_limit_job_started.wait()
     job = jobs.submit("cancelled", nodes=1)
-    jobs.hold("cancelled")
+    jobs.suspend("cancelled")
     jobs.slurm.call("scancel", job)
     jobs.slurm.wait(job, "CANCELLED")
     step = len(jobs.losses("cancelled"))
@@ -196,8 +203,8 @@ def cancelled(jobs: Jobs) -> None:
 
 
 def failing(jobs: Jobs) -> None:
-    """Not started again by torchrun, which is told by SIGTERM, and not queued again, whatever an earlier job left."""
-    jobs.first_is_under_way.wait()
+    """A user error: torchrun does not restart it and the job is not requeued, despite an old `requeue` file."""
+    jobs.time_limit_job_started.wait()
     (jobs.runs / "failing").mkdir(parents=True)
     (jobs.runs / "failing" / "requeue").touch()
     job = jobs.submit("failing", nodes=1, more=(f"data.dir={jobs.slurm.folder}/nowhere",), MAX_RESTARTS="1")
@@ -208,7 +215,7 @@ def failing(jobs: Jobs) -> None:
 
 
 def mistaken(jobs: Jobs) -> None:
-    """A mistake in the settings ends before any process of the run is started."""
+    """An error in the settings ends the job before any process of the run starts."""
     job = jobs.submit("mistaken", more=("train.stps=3",))
     end = jobs.slurm.wait(job, "FAILED")
     assert end["ExitCode"] == "2:0"
@@ -217,19 +224,20 @@ def mistaken(jobs: Jobs) -> None:
 
 
 def wrong_address(jobs: Jobs) -> None:
-    """A head that is a loopback address elsewhere, or is not there, is named soon; torchrun would wait for minutes."""
-    jobs.first_is_under_way.wait()
-    loopback, nobody = (jobs.submit(None, HEAD_ADDR=address) for address in ("127.0.1.1", "10.77.0.9"))
-    for job in (loopback, nobody):
+    """A first node at a loopback address, or at no address, is reported at once; torchrun would wait for minutes."""
+    jobs.time_limit_job_started.wait()
+    loopback = jobs.submit(None, HEAD_ADDR="127.0.1.1")
+    unused = jobs.submit(None, HEAD_ADDR="10.77.0.9")
+    for job in (loopback, unused):
         assert jobs.slurm.wait(job, "FAILED")["Restarts"] == "0"
     assert ": 127.0.1.1 is 127.0.1.1, which is this node; set HEAD_ADDR" in jobs.slurm.log(loopback)
-    assert "n2: 10.77.0.9 (10.77.0.9): " in jobs.slurm.log(nobody)
+    assert "n2: 10.77.0.9 (10.77.0.9): " in jobs.slurm.log(unused)
 
 
 SCENARIOS = [
     mistaken,
     wrong_address,
-    preempted_at_once,
+    preempted_before_training,
     failing,
     cancelled,
     stopped_by_the_user,
@@ -248,54 +256,53 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
             yield Jobs(slurm)
     except NoSlurm as why:
         pytest.skip(f"a real SLURM cannot be started: {why}")
-    ours = f"SLURM_CONF={folder}/slurm.conf".encode()
+    setting = f"SLURM_CONF={folder}/slurm.conf".encode()  # no process of this SLURM may be left
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            assert ours not in (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
+            assert setting not in (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def under_way(jobs: Jobs) -> Iterator[dict[str, Future[None]]]:
+def scenarios(jobs: Jobs) -> Iterator[dict[str, Future[None]]]:
+    """All scenarios, started at the same time after the corpus is prepared."""
     words = [word for word in jobs.words(None) if word.startswith("data.")]
     script = ["launch/slurm/prepare.sbatch", "--config", "launch/tiny.yaml"]
     prepared = jobs.slurm.submit(*script, *words, **jobs.environment)
     jobs.slurm.wait(prepared, "COMPLETED")
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         yield {scenario.__name__: pool.submit(scenario, jobs) for scenario in SCENARIOS}
-        jobs.first_is_under_way.set()
+        jobs.time_limit_job_started.set()
 
 
 @pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
-def test_jobs(under_way: dict[str, Future[None]], name: str) -> None:
-    under_way[name].result()
+def test_scenario(scenarios: dict[str, Future[None]], name: str) -> None:
+    scenarios[name].result()
 
 
 @pytest.mark.parametrize("name", ["limit", "preempted", "requeued"])
-def test_what_was_interrupted_equals_the_undisturbed_run(
-    jobs: Jobs, under_way: dict[str, Future[None]], name: str
-) -> None:
+def test_interrupted_runs_equal_the_undisturbed_run(jobs: Jobs, scenarios: dict[str, Future[None]], name: str) -> None:
     assert jobs.losses(name) == jobs.losses("tiny-1")
 
 
-def test_the_log_tells_what_one_needs(jobs: Jobs, under_way: dict[str, Future[None]]) -> None:
-    under_way["preempted"].result()
+def test_the_log_has_folder_commands_and_addresses(jobs: Jobs, scenarios: dict[str, Future[None]]) -> None:
+    scenarios["preempted"].result()
     job, run = jobs.ids["preempted"], jobs.runs / "preempted"
     log = jobs.slurm.log(job).splitlines()
     for start in (0, 1):
-        first = log.index(f"job {job}, start {start}; nodes: 2 (n3 n4); ranks: 2, 1 a node")
-        assert log[first + 1] == f"run folder:    {run}, a log for each node in its logs/"
+        first = log.index(f"job {job}, start {start}; nodes: 2 (n3 n4); ranks: 2, 1 per node")
+        assert log[first + 1] == f"run folder:    {run}, with a log for each node in logs/"
         assert log[first + 2] == f"stop and save: scancel --signal=INT {job}"
         resume = shlex.split(log[first + 3])
         assert resume == ["resume:", "sbatch", "--nodes=2", TRAIN, *jobs.words("preempted")]
         for node in ("n3", "n4"):
             lines = (run / "logs" / f"{job}-{start}-{node}.log").read_text().splitlines()
-            assert lines[0] == f"{node}: 2 GPUs"  # all that the node has, by --exclusive
-            assert lines[1].startswith(f"{node}: {jobs.slurm.address(node)} by ")
+            assert lines[0] == f"{node}: 2 GPUs"  # all GPUs of the node, because of --exclusive
+            assert lines[1].startswith(f"{node}: address {jobs.slurm.address(node)} on ")
 
 
-def test_shellcheck_is_content() -> None:
+def test_shellcheck_finds_no_fault_in_the_scripts() -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    scripts = [str(path) for path in sorted((ROOT / "launch" / "slurm").iterdir())]
+    scripts = [str(path) for path in sorted([*(ROOT / "launch" / "slurm").iterdir(), ROOT / "launch" / "install.sh"])]
     result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout

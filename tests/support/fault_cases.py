@@ -1,4 +1,4 @@
-"""Faults made on purpose on one rank, for the pool's processes and for this one."""
+"""Faults on one rank that tests cause on purpose, in the pool's processes and in this one."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ from trainer.run import Run
 
 @contextmanager
 def when(event: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Does `act` as soon as `event`, from a thread."""
+    """Call `act` from a thread as soon as `event` returns true."""
     done = threading.Event()
 
     def watch() -> None:
@@ -45,7 +45,10 @@ def when(event: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
 
 
 def signalled(corpus: str, runs: str, more: list[str], rank: int, number: int, kind: str, times: int) -> int:
-    """A run whose `rank` gets a signal as soon as metrics.jsonl holds so many lines of a kind; `start`: at once."""
+    """A run whose `rank` gets signal `number` as soon as metrics.jsonl has `times` lines of a kind. Its exit code.
+
+    kind: a kind of line or an event; `start`: the signal comes at once; `never`: no signal.
+    """
     config = cases.config(Path(corpus), Path(runs), *more)
     metrics = config.run.folder / "metrics.jsonl"
 
@@ -66,7 +69,7 @@ def signalled(corpus: str, runs: str, more: list[str], rank: int, number: int, k
 
 
 def fail_at(step: int, error: Exception) -> None:
-    """From now on this process raises an error while it prepares a step."""
+    """From now on this process raises `error` when it prepares this step."""
     plain = Loader.step
 
     def prepare(self: Loader, number: int) -> Any:
@@ -114,7 +117,7 @@ def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: 
 
 
 def wait_for(event: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `event` returns, once it is true; what it returned last after so many seconds."""
+    """Wait until `event` returns a true value, for up to `seconds`. Returns its last value."""
     end = time.monotonic() + seconds
     while not (value := event()) and time.monotonic() < end:
         time.sleep(0.05)

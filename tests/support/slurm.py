@@ -1,13 +1,14 @@
-"""A SLURM for tests: munged, slurmctld and slurmd of Debian's packages, as root, without systemd.
+"""A SLURM for tests: munged, slurmctld and slurmd from Debian's packages, as root, without systemd.
 
-Nodes n1 and n2 are machines of their own as far as the network goes: own names, own addresses, and an /etc/hosts that
-maps the own name to 127.0.1.1, as Debian's installer writes it. Where namespaces cannot be made, both are this host.
+Nodes n1 and n2 are separate machines as far as the network is concerned: each has its name, its address, and an
+/etc/hosts that maps its name to 127.0.1.1, as Debian's installer writes it. If network namespaces cannot be created,
+both are this host.
 
     with cluster(folder) as slurm:
         job = slurm.submit("--nodes=2", "launch/slurm/train.sbatch", "--config", "launch/tiny.yaml")
         slurm.wait(job, "COMPLETED")
 
-Key, sockets, state and logs lie in `folder`, and no SLURM that the machine may have is asked or touched.
+Key, sockets, state and logs are in `folder`. No other SLURM of the machine is used.
 """
 
 import contextlib
@@ -26,19 +27,19 @@ from tests.support import two_hosts as hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
-NODES = {"n1": 0, "n2": 1, "n3": 0, "n4": 1}  # to the machine; n3 and n4 are for preemption
-ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
+NODES = {"n1": 0, "n2": 1, "n3": 0, "n4": 1}  # the index of each node's machine; n3 and n4 are for preemption
+FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 class NoSlurm(Exception):
-    """No SLURM can be started here: why."""
+    """No SLURM can be started here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Machine:
     name: str
     address: str
-    enter: list[str]  # words before a command that is to run there
+    enter: list[str]  # the words that, before a command, make it run on this machine
 
 
 @dataclass
@@ -48,12 +49,12 @@ class Slurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For commands: of this SLURM and no other, and without what a job around this test may have set."""
+        """For commands of this SLURM, without variables of a job in which this test itself may run."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def call(self, *words: str, **env: str) -> str:
-        """stdout of a command on the first node, in the project's folder."""
+        """Run a command on the first node, in the project's folder. Returns its stdout."""
         command = [*self.machines[0].enter, *words]
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, env=self.environment | env, timeout=60
@@ -62,23 +63,26 @@ class Slurm:
         return result.stdout.strip()
 
     def submit(self, *words: str, **env: str) -> str:
-        """Submits a script with its arguments. Returns the job's id."""
+        """Submit a script with its arguments. Returns the job's id."""
         output = f"--output={self.folder}/%j.out"
         return self.call("sbatch", "--parsable", output, *words, **env)
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says, by name: JobState, Restarts, ..."""
+        """The fields of `scontrol show job`: JobState, Restarts, ..."""
         words = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.partition("=")[::2] for word in words)
 
     def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
-        """Waits until the job is in one of the states. AssertionError with its log when it is over, or timeout is."""
+        """Wait until a job is in one of the states, and return its fields.
+
+        Raises AssertionError with its log if it ends in another state, or after `timeout` seconds.
+        """
         end = time.monotonic() + timeout
-        while (now := self.job(job))["JobState"] not in states:
-            over = now["JobState"] in ENDS or time.monotonic() > end
-            assert not over, f"job {job} is {now['JobState']}, {now['ExitCode']}\n{self.log(job)}"
+        while (fields := self.job(job))["JobState"] not in states:
+            is_over = fields["JobState"] in FINAL_STATES or time.monotonic() > end
+            assert not is_over, f"job {job} is {fields['JobState']}, {fields['ExitCode']}\n{self.log(job)}"
             time.sleep(0.5)
-        return now
+        return fields
 
     def address(self, node: str) -> str:
         return self.machines[NODES[node]].address
@@ -90,9 +94,9 @@ class Slurm:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """A SLURM with the idle nodes n1 and n2. Raises NoSlurm."""
+    """A SLURM with four idle nodes. Raises NoSlurm if it cannot be started here."""
     if os.geteuid() != 0:
-        raise NoSlurm("it takes root")
+        raise NoSlurm("root is required")
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing:
         raise NoSlurm(f"{', '.join(missing)} not installed (Debian: slurm-wlm, munge)")
@@ -108,12 +112,12 @@ def cluster(folder: Path) -> Iterator[Slurm]:
 
 
 def _machines(folder: Path, stack: contextlib.ExitStack) -> list[Machine]:
-    """Two network namespaces with names of their own, or twice this host."""
+    """Two network namespaces with separate host names; if they cannot be created, twice this host."""
     try:
         spaces = stack.enter_context(hosts.two_hosts())
     except hosts.NoHosts:
         return 2 * [Machine(socket.gethostname().partition(".")[0], "127.0.0.1", [])]
-    # Out of reach for slurmd: the cgroups of this host, which it would use if it could.
+    # The mount over /sys/fs/cgroup hides the cgroups of this host, which slurmd would use.
     mounts = 'mount --bind "$2" /etc/hosts && mount -t tmpfs none /sys/fs/cgroup'
     script = f'hostname "$1" && {mounts} && shift 2 && exec "$@"'
     machines = []
@@ -131,13 +135,14 @@ def _configure(slurm: Slurm) -> None:
     (slurm.folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (slurm.folder / "munge.key").chmod(0o400)
     (slurm.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-    gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # enough to be counted
+    gpus = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"  # any devices do: GPUs are only counted
     (slurm.folder / "gres.conf").write_text(gpus)
     controller, *ports = _free_ports(1 + len(NODES))
-    first, places = slurm.machines[0], [slurm.machines[i] for i in NODES.values()]
+    first = slurm.machines[0]
     nodes = [
-        f"NodeName={name} NodeHostname={place.name} NodeAddr={place.address} Port={port} CPUs=6 Gres=gpu:2"
-        for name, place, port in zip(NODES, places, ports, strict=True)
+        f"NodeName={name} NodeHostname={slurm.machines[index].name} NodeAddr={slurm.machines[index].address} "
+        f"Port={port} CPUs=6 Gres=gpu:2"
+        for (name, index), port in zip(NODES.items(), ports, strict=True)
     ]
     lines = [
         "ClusterName=scout",
@@ -145,7 +150,7 @@ def _configure(slurm: Slurm) -> None:
         f"SlurmctldPort={controller}",
         "SlurmUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={slurm.folder}/munge.socket,cred_expire=5",  # a job is requeued after that time
+        f"AuthInfo=socket={slurm.folder}/munge.socket,cred_expire=5",  # a requeued job waits for that time
         f"StateSaveLocation={slurm.folder}/state",
         f"SlurmdSpoolDir={slurm.folder}/spool-%n",
         f"SlurmctldPidFile={slurm.folder}/slurmctld.pid",
@@ -183,8 +188,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _start(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
     folder = slurm.folder
-    munge = [f"--{what}={folder}/munge.{end}" for what, end in [("socket", "socket"), ("key-file", "key")]]
-    munge += [f"--{what}-file={folder}/munge.{what}" for what in ("pid", "log", "seed")]
+    munge = [f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]
+    munge += [f"--{kind}-file={folder}/munge.{kind}" for kind in ("pid", "log", "seed")]
     commands = [
         ["munged", "--foreground", "--force", *munge],
         [*slurm.machines[0].enter, "slurmctld", "-D", "-i"],
@@ -201,12 +206,12 @@ def _start(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
                 return
         dead = [command for command, daemon in zip(commands, daemons, strict=True) if daemon.poll() is not None]
         logs = "\n".join(path.read_text()[-1000:] for path in sorted(folder.glob("*.log")))
-        assert not dead and time.monotonic() < end, f"SLURM did not come up ({dead})\n{logs}"
+        assert not dead and time.monotonic() < end, f"SLURM did not start (ended: {dead})\n{logs}"
         time.sleep(0.2)
 
 
 def _stop(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
-    """Ends all jobs, then the daemons, then what may be left of either: all have our SLURM_CONF."""
+    """End all jobs, then the daemons, and then remaining processes of either, which all have this SLURM_CONF."""
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
         slurm.call("scancel", "--user=root", "--signal=KILL", "--full")
         slurm.call("scancel", "--user=root")
@@ -215,10 +220,10 @@ def _stop(slurm: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
     for daemon in daemons:
         with contextlib.suppress(subprocess.TimeoutExpired):
             daemon.wait(10)
-    mark = f"SLURM_CONF={slurm.folder}/slurm.conf".encode()
+    setting = f"SLURM_CONF={slurm.folder}/slurm.conf".encode()
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
+            if process.name.isdigit() and setting in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
     for daemon in daemons:
         daemon.wait()

@@ -1,1 +1,1 @@
-"""Checkpoints: the folder and its manifest, the layout of tensors in files, reading and writing them."""
+"""Checkpoints: their folder and manifest, the layout of tensors in files, writing and reading."""

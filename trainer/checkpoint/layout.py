@@ -1,14 +1,15 @@
-"""Tensors in files and back: safetensors in logical shapes.
+"""Which rank writes which bytes of a checkpoint, and which bytes a rank reads back into its tensors.
 
-torch.distributed.checkpoint plans which rank writes which part of a tensor, and which stored parts a rank needs for its
-own, so that what any mesh wrote any other can read; `blocks.py` moves the bytes.
-1. `make_plan`: once a run. Each rank writes one file: a header, weights, and the optimizer's state.
-2. `ShardSource` gives the bytes of that file out of the live tensors: a save streams them, or stages them in a
-   `StagingBuffer`.
-3. `read`: the blocks that a rank needs are read, checked, and copied into its tensors.
+Files are safetensors, and tensors keep their global shapes. torch.distributed.checkpoint (DCP) plans which rank writes
+which part of a tensor, and which stored parts a rank needs for its own part: so a checkpoint written on one mesh can be
+read on any other. `block_io` reads and writes the bytes.
+
+1. `make_plan` runs once in a run. Each rank writes one file: a header, weights, and the optimizer's state.
+2. `ShardSource` returns the bytes of that file from the live tensors. A save writes them to the file block by block, or
+   first copies them into a `StagingBuffer`, so that training can continue while the file is written.
+3. `read` reads the blocks that a rank needs, verifies them, and copies them into its tensors.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     TensorProperties,
@@ -34,118 +36,118 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 from parallel import collectives
 from parallel.fsdp import local
 from trainer.checkpoint import block_io
-from trainer.checkpoint.block_io import BLOCK, Buffers, Damaged, Record, WorkItems
+from trainer.checkpoint.block_io import BLOCK_BYTES, Damaged, FileChecksums, ThreadBuffers, WorkItems
+from trainer.safetensors_header import DTYPE_CODES, Header, TensorEntry, make_header
 
-WINDOW = 8  # blocks that are read at once
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WINDOW_BLOCKS = 8  # read from a file at once
+ALIGNMENT_BYTES = 64  # the data of a file starts at a multiple of this
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
-Table = dict[str, Any]  # tensor -> its dtype, shape, and parts: rank of the file, first byte there, place, shape
+# Each tensor's dtype, global shape, and parts. A part is a list of four: the rank whose file holds it, its first byte
+# in that file, its offsets in the tensor, and its shape.
+Table = dict[str, Any]
 
 
 @dataclass
-class Plan:
-    """What this rank writes: the header of its file, where in it each tensor begins, and its size."""
+class ShardPlan:
+    """The file that this rank writes."""
 
     header: bytes
-    begins: dict[str, int]
-    size: int
-    table: Table  # all files; on rank 0, for the manifest
+    starts: dict[str, int]  # the byte of the file at which each tensor begins
+    size: int  # in bytes
+    table: Table  # of the files of all ranks, for the manifest; empty except on rank 0
 
 
 def file_name(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
 
 
-def make_plan(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> Plan:
-    """Deal tensors out over the ranks, what several hold to one of them. On all ranks together."""
+def make_plan(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> ShardPlan:
+    """Divide the tensors between the ranks; one rank writes a part that several hold. Called on all ranks together."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=collectives.rank() == 0)
     plan = planner.create_local_plan()
-    plan = replace(plan, items=[item for item in plan.items if prod(_part(item).chunk.sizes)])
+    plan = replace(plan, items=[item for item in plan.items if prod(_write_data(item).chunk.sizes)])
     plans: list[SavePlan] = collectives.gather(plan, group)
     table: Table = {}
     if collectives.rank() == 0:
         plans, _ = planner.create_global_plan(plans)
-        for number, each in enumerate(plans):
-            _note(table, number, each.items)
-    return Plan(*_layout(collectives.scatter(plans, group).items), table)
+        for rank, rank_plan in enumerate(plans):
+            _add_to_table(table, rank, rank_plan.items)
+    header = _header(collectives.scatter(plans, group).items)
+    return ShardPlan(header.content, header.starts, header.size, table)
 
 
-def _part(item: WriteItem) -> TensorWriteData:
+def _write_data(item: WriteItem) -> TensorWriteData:
     assert item.tensor_data is not None
     return item.tensor_data
 
 
-def _layout(items: Sequence[WriteItem]) -> tuple[bytes, dict[str, int], int]:
-    """Header, beginnings and size of a file. No element lies across the border of two blocks."""
+def _header(items: Sequence[WriteItem]) -> Header:
+    """The header of a file that holds `items`: weights first, then the optimizer's state.
 
-    def order(item: WriteItem) -> tuple[int, bool]:
-        return -_part(item).properties.dtype.itemsize, item.index.fqn.startswith("optim.")
-
-    entries: dict[str, Any] = {}
-    end = 0
-    for item in sorted(items, key=order):
-        dtype, shape, begin = _part(item).properties.dtype, list(_part(item).chunk.sizes), end
-        end += prod(shape) * dtype.itemsize
-        entries[item.index.fqn] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + e["data_offsets"][0] for name, e in entries.items()}, len(header) + end
+    No element crosses the border between two blocks, because the data is aligned.
+    """
+    entries = []
+    for item in sorted(items, key=lambda item: item.index.fqn.startswith("optim.")):
+        data = _write_data(item)
+        entries.append(TensorEntry(item.index.fqn, data.properties.dtype, tuple(data.chunk.sizes)))
+    return make_header(entries, ALIGNMENT_BYTES)
 
 
-def _note(table: Table, rank: int, items: Sequence[WriteItem]) -> None:
-    _, begins, _ = _layout(items)
+def _add_to_table(table: Table, rank: int, items: Sequence[WriteItem]) -> None:
+    starts = _header(items).starts
     for item in items:
-        part, name = _part(item), item.index.fqn
-        whole = {"dtype": NAMES[part.properties.dtype], "shape": list(part.size), "parts": []}
-        here = [rank, begins[name], list(part.chunk.offsets), list(part.chunk.sizes)]
-        table.setdefault(name, whole)["parts"].append(here)
+        data, name = _write_data(item), item.index.fqn
+        if name not in table:
+            table[name] = {"dtype": DTYPE_CODES[data.properties.dtype], "shape": list(data.size), "parts": []}
+        table[name]["parts"].append([rank, starts[name], list(data.chunk.offsets), list(data.chunk.sizes)])
 
 
 class ShardSource:
-    """The bytes of this rank's file, out of its tensors as they are at the moment."""
+    """The bytes of this rank's file, read from its tensors as they are at the time of the call."""
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: ShardPlan, tensors: Mapping[str, Tensor]) -> None:
         self.size = plan.size
-        self._begins = [0, *plan.begins.values()]
+        self._starts = [0, *plan.starts.values()]
         self._parts = [torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)]
-        for name in plan.begins:
+        for name in plan.starts:
             part = local(tensors[name])
-            assert part.is_contiguous(), name  # else its bytes would be those of a copy
+            assert part.is_contiguous(), name  # otherwise its bytes would be those of a copy
             self._parts.append(part.reshape(-1).view(torch.uint8))
         self.device = self._parts[-1].device
-        self._buffers = Buffers()
+        self._buffers = ThreadBuffers()
 
     def copy(self, start: int, out: Tensor) -> None:
-        """Bytes from `start` on into `out`; what is beyond the end stays."""
-        stop, at = min(start + len(out), self.size), start
-        number = bisect_right(self._begins, start) - 1
-        while at < stop:
-            begin, part = self._begins[number], self._parts[number]
-            until = min(stop, begin + len(part))
-            to, part = out[at - start : until - start], part[at - begin : until - begin]
-            if part.device.type == "cpu":  # torch would start a team of threads for each that copies
-                np.copyto(to.numpy(), part.numpy())
+        """Copy the file's bytes from `start` on into `out`. Bytes of `out` beyond the end of the file are unchanged."""
+        position, stop = start, min(start + len(out), self.size)
+        number = bisect_right(self._starts, start) - 1
+        while position < stop:
+            part_start, part = self._starts[number], self._parts[number]
+            until = min(stop, part_start + len(part))
+            target = out[position - start : until - start]
+            source = part[position - part_start : until - part_start]
+            if source.device.type == "cpu":  # torch would start a team of threads for each thread that copies
+                np.copyto(target.numpy(), source.numpy())
             else:
-                to.copy_(part, non_blocking=True)
-            at, number = until, number + 1
+                target.copy_(source, non_blocking=True)
+            position = until
+            number += 1
 
     def block(self, start: int) -> memoryview:
-        """A block, in a buffer of the thread that asks, until it asks again."""
+        """The block at `start`. It is in a buffer of the calling thread, which the thread's next call overwrites."""
         buffer = self._buffers.get()
         self.copy(start, torch.frombuffer(buffer, dtype=torch.uint8))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return memoryview(buffer)[: block_io.whole_pages(min(BLOCK, self.size - start))]
+        return memoryview(buffer)[: block_io.round_to_pages(min(BLOCK_BYTES, self.size - start))]
 
 
 def lock_pages(memory: Tensor, device: torch.device) -> str | None:
-    """Page-lock host memory, so that copies from the device run beside its kernels. Returns why that failed, or None.
+    """Page-lock host memory, so that copies from the device overlap with its kernels. Returns the error, or None.
 
     Containers, WSL and sandboxes may refuse it. CUDA also keeps a failure as its last error, and the next kernel that
-    torch launches would raise it: so one is launched here, which raises it and thereby clears it.
+    torch launches would raise it. Therefore one is launched here, which raises the error and thereby clears it.
     """
     result = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)
     try:
@@ -158,143 +160,150 @@ def lock_pages(memory: Tensor, device: torch.device) -> str | None:
 
 
 class StagingBuffer:
-    """A staged copy of a source, in memory that serves every save; its pages are touched here, and locked for CUDA.
+    """A copy of a ShardSource in host memory, which every save uses again, so that training need not wait for the disk.
 
-    After `begin` nothing may change a tensor until `end`. What does not, a forward and a backward, can run between
-    them, and meanwhile the writer's thread copies, by `help`; `end` copies what is left.
+    No tensor may change between `start` and the return of `wait`. A forward and a backward change none, so they can run
+    while the thread that writes the file copies, in `finish`. `wait` copies the blocks that are not copied yet.
     """
 
     def __init__(self, source: ShardSource) -> None:
         self.source = source
-        self._memory = block_io.pages(source.size)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).zero_()
-        self._copies = WorkItems(self._copy)
+        self._memory = block_io.allocate_pages(source.size)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).zero_()  # touches the pages now, not in a save
+        self._copies = WorkItems(self._copy_block)
         self._stream = None
-        self.not_locked: str | None = None  # why the memory could not be locked
+        self.page_lock_error: str | None = None  # why the memory could not be page-locked for CUDA
         if source.device.type == "cuda":
-            self.not_locked = lock_pages(self._bytes, source.device)
+            self.page_lock_error = lock_pages(self._bytes, source.device)
             self._stream = torch.cuda.Stream(source.device)
 
-    def begin(self) -> None:
+    def start(self) -> None:
+        """Start to copy the tensors as they are now."""
         if self._stream is None:
-            self._copies = WorkItems(self._copy, range(0, self.source.size, BLOCK))
-        else:  # behind the kernels that are under way
+            self._copies = WorkItems(self._copy_block, range(0, self.source.size, BLOCK_BYTES))
+        else:  # the copy follows the kernels that are already launched
             self._stream.wait_stream(torch.cuda.current_stream(self.source.device))
             with torch.cuda.stream(self._stream):
                 self.source.copy(0, self._bytes)
 
-    def help(self) -> None:
-        """Returns when all is copied."""
+    def finish(self) -> None:
+        """Called by the thread that writes the file: copy, and return when the copy is complete."""
         if self._stream is None:
             self._copies.finish()
         else:
             self._stream.synchronize()
 
-    def end(self) -> None:
+    def wait(self) -> None:
+        """Called by the training thread before it changes a tensor. With CUDA the device waits, and not the thread."""
         if self._stream is None:
             self._copies.finish()
         else:
             torch.cuda.current_stream(self.source.device).wait_stream(self._stream)
 
-    def _copy(self, start: int) -> None:
-        self.source.copy(start, self._bytes[start : start + BLOCK])
+    def _copy_block(self, start: int) -> None:
+        self.source.copy(start, self._bytes[start : start + BLOCK_BYTES])
 
     def block(self, start: int) -> memoryview:
-        return memoryview(self._memory)[start : start + BLOCK]
+        return memoryview(self._memory)[start : start + BLOCK_BYTES]
 
 
 @dataclass
 class Region:
-    """A box of a stored part that spans no more bytes than a block has, and the tensor it goes to."""
+    """A box of a stored part that spans at most one block's number of bytes, and the tensor to copy it into."""
 
-    first: int  # byte of the file
+    start: int  # byte of the file
     stop: int
     dtype: torch.dtype
-    strides: tuple[int, ...]  # of the part, in elements
-    to: Tensor
+    strides: tuple[int, ...]  # of the stored part, in elements
+    target: Tensor
 
 
-def read(folder: Path, files: Mapping[str, Record], table: Table, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `tensors` in place from files that any number of ranks wrote. Each byte is checked before it is used.
+def read(folder: Path, files: Mapping[str, FileChecksums], table: Table, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `tensors` in place from the files of a checkpoint, which any number of ranks wrote.
 
-    Raises Damaged on the first file or block that is not what was written.
+    Each block is verified before it is used. Raises Damaged for the first file or block that is not as it was written.
     """
     jobs = []
-    for rank, regions in _needed(table, tensors).items():
+    for rank, regions in _needed_regions(table, tensors).items():
         name = file_name(rank)
         if name not in files:
             raise Damaged(f"{name} is not in the manifest")
         block_io.check_file(folder / name, files[name])
-        jobs += [(name, window) for window in _windows(sorted(regions, key=lambda region: region.first))]
-    buffers = Buffers(WINDOW * BLOCK)
+        jobs += [(name, window) for window in _windows(sorted(regions, key=lambda region: region.start))]
+    buffers = ThreadBuffers(WINDOW_BLOCKS * BLOCK_BYTES)
 
     def fill(job: tuple[str, list[Region]]) -> None:
         name, window = job
-        first, stop = window[0].first // BLOCK, -(-max(region.stop for region in window) // BLOCK)
+        first = window[0].start // BLOCK_BYTES
+        stop = -(-max(region.stop for region in window) // BLOCK_BYTES)
         block_io.read(folder / name, files[name], first, stop, buffers.get())
         content = torch.frombuffer(buffers.get(), dtype=torch.uint8)
+        base = first * BLOCK_BYTES
         for region in window:
-            part = content[region.first - first * BLOCK : region.stop - first * BLOCK].view(region.dtype)
-            region.to.copy_(part.as_strided(region.to.shape, region.strides))
+            part = content[region.start - base : region.stop - base].view(region.dtype)
+            region.target.copy_(part.as_strided(region.target.shape, region.strides))
 
-    batch = WorkItems(fill, jobs)
+    work = WorkItems(fill, jobs)
     with ThreadPoolExecutor(1) as helper:
-        helper.submit(batch.finish)
-        batch.finish()
+        helper.submit(work.finish)
+        work.finish()
 
 
-def _needed(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Region]]:
-    """What this rank needs of the file of each rank."""
-    metadata = Metadata(
-        {
-            name: TensorStorageMetadata(
-                TensorProperties(DTYPES[stored["dtype"]]),
-                torch.Size(stored["shape"]),
-                [ChunkStorageMetadata(torch.Size(place), torch.Size(shape)) for _, _, place, shape in stored["parts"]],
-            )
-            for name, stored in table.items()
-            if name in tensors
-        }
-    )
+def _needed_regions(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, list[Region]]:
+    """The regions that this rank needs, by the rank whose file holds them."""
+    metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, stored in table.items():
+        if name in tensors:
+            chunks = [
+                ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)) for _, _, offsets, shape in stored["parts"]
+            ]
+            properties = TensorProperties(DTYPES[stored["dtype"]])
+            metadata[name] = TensorStorageMetadata(properties, torch.Size(stored["shape"]), chunks)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), metadata)
+    planner.set_up_planner(dict(tensors), Metadata(metadata))
     needed: dict[int, list[Region]] = {}
     for item in planner.create_local_plan().items:
         stored, number = table[item.storage_index.fqn], item.storage_index.index
         assert number is not None
-        rank, begin, _, shape = stored["parts"][number]
-        to = planner.resolve_tensor(item).detach()
-        regions = _regions(begin, shape, item.storage_offsets, to, DTYPES[stored["dtype"]])
+        rank, start, _, shape = stored["parts"][number]
+        target = planner.resolve_tensor(item).detach()
+        regions = _regions(start, shape, item.storage_offsets, target, DTYPES[stored["dtype"]])
         needed.setdefault(rank, []).extend(regions)
     return needed
 
 
 def _regions(
-    begin: int, shape: Sequence[int], offsets: Sequence[int], to: Tensor, dtype: torch.dtype
+    start: int, shape: Sequence[int], offsets: Sequence[int], target: Tensor, dtype: torch.dtype
 ) -> Iterator[Region]:
-    """The box at `offsets` of a stored part of `shape`, which begins at byte `begin`, cut into regions."""
-    if not to.numel():
+    """Cut a box of a stored part into regions of at most BLOCK_BYTES.
+
+    The part has `shape` and begins at byte `start` of its file; the box is at `offsets` and has the shape of `target`.
+    """
+    if not target.numel():
         return
-    strides = tuple(prod(shape[d + 1 :]) for d in range(len(shape)))
-    first = begin + dtype.itemsize * sum(o * s for o, s in zip(offsets, strides, strict=True))
-    span = dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(to.shape, strides, strict=True)))
-    if span <= BLOCK:
-        yield Region(first, first + span, dtype, strides, to)
+    strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    first = start + dtype.itemsize * sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    last_element = sum((size - 1) * stride for size, stride in zip(target.shape, strides, strict=True))
+    span = dtype.itemsize * (1 + last_element)
+    if span <= BLOCK_BYTES:
+        yield Region(first, first + span, dtype, strides, target)
         return
-    dim = next(d for d, n in enumerate(to.shape) if n > 1)
-    step = max(1, to.shape[dim] * BLOCK // span)
-    for at in range(0, to.shape[dim], step):
-        inside = [o + (at if d == dim else 0) for d, o in enumerate(offsets)]
-        yield from _regions(begin, shape, inside, to.narrow(dim, at, min(step, to.shape[dim] - at)), dtype)
+    dim = next(dim for dim, size in enumerate(target.shape) if size > 1)
+    step = max(1, target.shape[dim] * BLOCK_BYTES // span)
+    for position in range(0, target.shape[dim], step):
+        inside = list(offsets)
+        inside[dim] += position
+        length = min(step, target.shape[dim] - position)
+        yield from _regions(start, shape, inside, target.narrow(dim, position, length), dtype)
 
 
 def _windows(regions: Sequence[Region]) -> Iterator[list[Region]]:
-    """Slabs, which are in order, by windows of at most WINDOW blocks."""
+    """Group regions, which are sorted by their start, into windows that span at most WINDOW_BLOCKS blocks."""
     window: list[Region] = []
     stop = 0
     for region in regions:
         stop = max(stop, region.stop)
-        if window and -(-stop // BLOCK) - window[0].first // BLOCK > WINDOW:
+        if window and -(-stop // BLOCK_BYTES) - window[0].start // BLOCK_BYTES > WINDOW_BLOCKS:
             yield window
             window, stop = [], region.stop
         window.append(region)

@@ -1,4 +1,4 @@
-"""A checkpoint into a model and its optimizer, on any mesh; or into a model for evaluation and generation."""
+"""Loads a checkpoint into a model and its optimizer, on any mesh, or into a model for evaluation and generation."""
 
 import hashlib
 import sys
@@ -18,13 +18,13 @@ from parallel.build import build_model
 from parallel.experts import as_global_dtensor
 from trainer import machine
 from trainer.checkpoint import block_io, layout
-from trainer.checkpoint.folder import TOKENIZER, Checkpoint, newest_checkpoint, none_usable, resolve_checkpoint
+from trainer.checkpoint.folder import TOKENIZER, Checkpoint, newest_checkpoint, no_usable_checkpoint, resolve_checkpoint
 from trainer.config import SECTION_TYPES, Config
 from trainer.machine import dtype_name
 
 
 def checkpoint_tensors(model: Transformer, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name: views of the live tensors, so that loading into them sets them."""
+    """The tensors of a checkpoint by name, as views of the live tensors: to load into them sets the model."""
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         named[name] = as_global_dtensor(model, name, parameter.detach())
@@ -37,58 +37,65 @@ def checkpoint_tensors(model: Transformer, optimizer: torch.optim.Optimizer | No
 def load_checkpoint(
     checkpoint: Checkpoint, model: Transformer, optimizer: torch.optim.Optimizer | None = None, others: bool = True
 ) -> tuple[Checkpoint, list[str]]:
-    """Fill model (and optimizer) in place from a checkpoint, or if it is damaged from `others` before it.
+    """Fill model (and optimizer) in place from a checkpoint. If it is damaged and `others`, try older ones.
 
-    On all ranks together. Returns the one that was verified, and why later ones were not, a line each. Raises
-    UserError when there is none, or it is another model's.
+    Called on all ranks together. Returns the checkpoint that was loaded, and for each newer one a line with the reason
+    why it was skipped. Raises UserError if none can be used, or if the checkpoint is one of another model.
     """
     targets = checkpoint_tensors(model, optimizer)
     skipped: list[str] = []
-    at: Checkpoint | None = checkpoint
-    while at is not None:
-        why = None
+    current: Checkpoint | None = checkpoint
+    while current is not None:
+        problem = None
         try:
-            _fits(at, targets)
-            block_io.read_small(at.path / TOKENIZER, at.manifest["files"][TOKENIZER])
-            layout.read(at.path, at.manifest["files"], at.manifest["tensors"], targets)
+            _check_shapes(current, targets)
+            block_io.read_bytes(current.path / TOKENIZER, current.manifest["files"][TOKENIZER])
+            layout.read(current.path, current.manifest["files"], current.manifest["tensors"], targets)
         except UserError:
             raise
-        except Exception as error:  # the other ranks must hear of it
-            why = str(error) or type(error).__name__
-        why = collectives.first_error(why)
-        if why is None:
-            return at, skipped
-        skipped.append(f"{at.path.name}: {why}")
-        found = newest_checkpoint(at.path.parent, at.step) if others and collectives.rank() == 0 else (None, [])
-        at, more = collectives.broadcast(found)
+        except Exception as error:  # all ranks must agree on it
+            problem = str(error) or type(error).__name__
+        problem = collectives.first_error(problem)
+        if problem is None:
+            return current, skipped
+        skipped.append(f"{current.path.name}: {problem}")
+        older: tuple[Checkpoint | None, list[str]] = (None, [])
+        if others and collectives.rank() == 0:
+            older = newest_checkpoint(current.path.parent, current.step)
+        current, more = collectives.broadcast(older)
         skipped += more
-    raise UserError(none_usable(checkpoint.path.parent, skipped))
+    raise UserError(no_usable_checkpoint(checkpoint.path.parent, skipped))
 
 
-def _fits(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
+def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
+    """Raises UserError if a tensor is missing, or has another shape than the model's."""
     stored = checkpoint.manifest["tensors"]
     for name, tensor in targets.items():
         if name not in stored:
-            what = "the optimizer's state" if name.startswith("optim.") else name
-            raise UserError(f"{checkpoint.path}: {what} is not in it")
+            missing = "the optimizer's state" if name.startswith("optim.") else name
+            raise UserError(f"{checkpoint.path}: the checkpoint does not contain {missing}")
         shape = tuple(stored[name]["shape"])
         if shape != tuple(tensor.shape):
-            raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the model {tuple(tensor.shape)}")
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {shape} in the checkpoint, {tuple(tensor.shape)} in the model"
+            )
 
 
 def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokenizer, Config]:
-    """The model of a checkpoint (or of a run's newest) on one device, its tokenizer and its run's config.
+    """The model of a checkpoint (or of a run's newest one) on one device, its tokenizer, and its run's config.
 
-    requested: `auto`, `cpu` or `cuda`. On a CPU it computes in fp32, on a GPU as `machine.inference_dtype` says.
+    requested: the device, `auto`, `cpu` or `cuda`. On a CPU the model computes in fp32, on a GPU in
+    `machine.inference_dtype`. Logs the checkpoint, and each newer one that was skipped, on stderr. Raises UserError.
     """
-    found, passed_over = resolve_checkpoint(path)
+    found, skipped = resolve_checkpoint(path)
     manifest = found.manifest
-    config = Config(**{name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()})
+    sections = {name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()}
+    config = Config(**sections)
     cpu = torch.device("cpu")
     model = build_model(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
     found, more = load_checkpoint(found, model, others=found.path != path)
-    for why in [*passed_over, *more]:
-        print(f"passed over {why}", file=sys.stderr)
+    for reason in [*skipped, *more]:
+        print(f"skipped checkpoint {reason}", file=sys.stderr)
     tokenizer = Tokenizer(found.path / TOKENIZER)
     device = machine.device_with_room(requested, sum(p.numel() for p in model.parameters()))
     place(model, device, machine.inference_dtype(device))
@@ -97,7 +104,7 @@ def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokeniz
 
 
 def place(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-    """Let a model compute on a device in `dtype`. Its weights become that, but for the routers', as under FSDP."""
+    """Move a model to a device, where it computes in `dtype`. As under FSDP, the routers' weights stay in fp32."""
     routers = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     for parameter in model.parameters():
         if parameter not in routers:
@@ -107,7 +114,7 @@ def place(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def weights_digest(model: Transformer) -> str:
-    """sha256 over all weights, for comparing runs bit by bit. Gathers one weight at a time."""
+    """sha256 over all weights, to compare runs bit by bit. Gathers one weight at a time."""
     total = hashlib.sha256()
     for name, tensor in checkpoint_tensors(model).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

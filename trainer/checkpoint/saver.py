@@ -1,9 +1,9 @@
-"""Saves of a run: one at a time, at once or in the background, and published when all ranks have written.
+"""Saves checkpoints during a run: one at a time, while training waits or in the background.
 
-`save` writes and publishes while everyone waits; or, with `checkpoint.async_save`, stages a copy and returns. Then a
-thread of low priority writes it, and each step's message counts the ranks that are done: when all have written, rank 0
-publishes, and when it has, all know. A save that fails on any rank is dropped on all: the run goes on, the checkpoint
-before stays.
+`save` writes a checkpoint and publishes it while all ranks wait. With `checkpoint.async_save` it starts a copy of the
+tensors and returns; a thread of low priority then writes the copy. Each step's message counts the ranks that have
+written. When all have, rank 0 publishes the checkpoint by a rename; after that the ranks agree on the result. A save
+that fails on one rank is dropped on all. Training continues, and the previous checkpoint stays.
 """
 
 import json
@@ -24,28 +24,35 @@ from torch import Tensor
 
 from parallel import collectives
 from trainer.checkpoint import block_io, layout
-from trainer.checkpoint.block_io import Damaged, Record
+from trainer.checkpoint.block_io import Damaged, FileChecksums
 from trainer.checkpoint.folder import FORMAT, TOKENIZER, prune_checkpoints, publish_checkpoint, write_manifest
 from trainer.config import CheckpointConfig
 from trainer.fault_tolerance.run_lock import LockLost, RunLock
 
+FileResult = tuple[dict[str, FileChecksums], str | None]  # the files that a rank has written, or why it failed
+
 
 @dataclass
 class Save:
-    """A save that is under way on this rank."""
+    """A save in progress on this rank."""
 
     step: int
-    fields: Mapping[str, Any]
-    partial: Path
-    files: Future[dict[str, Record]]  # that this rank writes
-    began: float
-    published: Future[None] | None = None  # by rank 0, once all have written
+    fields: Mapping[str, Any]  # for the manifest
+    partial: Path  # the folder to write into
+    written: Future[dict[str, FileChecksums]]  # done when this rank's files are written
+    started: float  # time.perf_counter()
+    published: Future[None] | None = None  # set when all ranks have written; done when rank 0 has published
+
+
+def _ignore_result(step: int, seconds: float, error: str | None) -> None:
+    """The default of `Saver.on_saved`."""
 
 
 class Saver:
-    """Writes checkpoints of `tensors` into `folder`. Made, and all its methods called, on all ranks together.
+    """Writes checkpoints of `tensors` into `folder`. It is created, and each method is called, on all ranks together.
 
-    `tell(step, seconds, why)` hears of each save that has ended; `why` it failed, or None.
+    `on_saved(step, seconds, error)` is called at the end of each save; `error` is the reason if it failed, otherwise
+    None.
     """
 
     def __init__(
@@ -55,90 +62,110 @@ class Saver:
         tokenizer: Path,
         config: CheckpointConfig,
         lock: RunLock | None = None,
-        tell: Callable[[int, float, str | None], None] = lambda step, seconds, why: None,
+        on_saved: Callable[[int, float, str | None], None] = _ignore_result,
     ) -> None:
-        self.folder, self.tokenizer, self.config, self.lock, self.tell = folder, tokenizer, config, lock, tell
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.config = config
+        self.lock = lock
+        self.on_saved = on_saved
         self.rank = collectives.rank()
-        # of its own: saves come between the messages of training, and on a GPU these are not for the CPU
+        # A separate group: messages of a save come between those of training, which on a GPU are not sent by gloo.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.plan = layout.make_plan(tensors, self.group)
-        self._table = json.dumps(self.plan.table)  # takes a while, and stays the same
+        self._table = json.dumps(self.plan.table)  # once, because it is slow and the table does not change
         self.source = layout.ShardSource(self.plan, tensors)
-        self.image = layout.StagingBuffer(self.source) if config.async_save else None
-        self.mark = collectives.broadcast(lock.id if lock is not None else "0", self.group)
+        self.staging = layout.StagingBuffer(self.source) if config.async_save else None
+        self.lock_id = collectives.broadcast(lock.id if lock is not None else "0", self.group)
         self.pending: Save | None = None
-        self.newest: int | None = None  # the step of the last that was published
-        self.failed = False  # the last save
+        self.newest: int | None = None  # the step of the newest published checkpoint
+        self.failed = False  # whether the last save failed
         self._queue = block_io.WorkQueue()
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority if config.async_save else None)
 
     def save(self, step: int, fields: Mapping[str, Any], wait: bool = False) -> None:
-        """Save the tensors as they are now; `fields` go into the manifest. In the background if it may."""
+        """Save the tensors as they are now; `fields` are added to the manifest.
+
+        Returns when the checkpoint is published, or with `checkpoint.async_save`, unless `wait`, at once.
+        """
         self.finish()
-        partial, began = self.folder / f".partial-step-{step:08d}-{self.mark}", time.perf_counter()
-        image = None if wait else self.image
-        if image is not None:
-            image.begin()
-        self.pending = Save(step, fields, partial, self._thread.submit(self._write, partial, image), began)
-        if image is None:
+        started = time.perf_counter()
+        partial = self.folder / f".partial-step-{step:08d}-{self.lock_id}"
+        staging = None if wait else self.staging
+        if staging is not None:
+            staging.start()
+        self.pending = Save(step, fields, partial, self._thread.submit(self._write, partial, staging), started)
+        if staging is None:
             self.finish()
 
-    def _write(self, partial: Path, image: layout.StagingBuffer | None) -> dict[str, Record]:
+    def _write(self, partial: Path, staging: layout.StagingBuffer | None) -> dict[str, FileChecksums]:
         files = {}
-        if image is not None:
-            image.help()
+        if staging is not None:
+            staging.finish()
         partial.mkdir(parents=True, exist_ok=True)
-        if self.plan.begins:
-            path, source = partial / layout.file_name(self.rank), image or self.source
+        if self.plan.starts:
+            path = partial / layout.file_name(self.rank)
+            source = self.source if staging is None else staging
             files[path.name] = block_io.write(path, self.plan.size, source.block, self._queue)
         if self.rank == 0:
-            files[TOKENIZER] = block_io.write_small(partial / TOKENIZER, self.tokenizer.read_bytes())
+            files[TOKENIZER] = block_io.write_bytes(partial / TOKENIZER, self.tokenizer.read_bytes())
         return files
 
     def wait_for_staging(self) -> None:
-        """To be called before any tensor changes: ends the staged copy."""
-        if self.pending is not None and self.image is not None:
-            self.image.end()
+        """Wait until the tensors are copied. To be called before any tensor changes."""
+        if self.pending is not None and self.staging is not None:
+            self.staging.wait()
 
     @property
     def ready(self) -> bool:
-        """Whether this rank has written what it had to of what is pending, or failed: its file, then the manifest."""
-        return self.pending is not None and (self.pending.published or self.pending.files).done()
+        """Whether `poll` has something to do: this rank has written its file, or rank 0 the manifest, or failed."""
+        if self.pending is None:
+            return False
+        if self.pending.published is None:
+            return self.pending.written.done()
+        return self.pending.published.done()
 
     def finish(self) -> None:
-        """Publish what is pending, or drop it if it failed on any rank; waits for it. Raises LockLost."""
+        """Wait for the save in progress: publish it, or drop it if it failed on any rank. Raises LockLost."""
         while self.pending is not None:
             self.poll()
 
     def poll(self) -> None:
-        """From written to being published, or from that to known by all. Waits for all ranks to be ready."""
+        """Continue the save in progress by one of its two stages, once all ranks are ready; waits until they are.
+
+        The first stage starts to publish when all ranks have written; the second agrees on the result. Raises LockLost.
+        """
         save = self.pending
         assert save is not None
         if save.published is None:
             self.wait_for_staging()
-            self._queue.help(save.files)
-            error = save.files.exception()
-            everyone = collectives.gather(({}, _reason(error)) if error else (save.files.result(), None), self.group)
-            save.published = self._thread.submit(self._publish, save, everyone)
+            self._queue.help(save.written)
+            error = save.written.exception()
+            mine: FileResult = ({}, _message(error)) if error else (save.written.result(), None)
+            results = collectives.gather(mine, self.group)
+            save.published = self._thread.submit(self._publish, save, results)
             return
         self.pending = None
         error = save.published.exception()
-        why, lost = collectives.broadcast((_reason(error) if error else None, isinstance(error, LockLost)), self.group)
-        if lost:
-            raise LockLost(why)
-        self.failed = why is not None
+        result = (_message(error) if error else None, isinstance(error, LockLost))
+        message, lock_lost = collectives.broadcast(result, self.group)
+        if lock_lost:
+            raise LockLost(message)
+        self.failed = message is not None
         if not self.failed:
             self.newest = save.step
-        self.tell(save.step, time.perf_counter() - save.began, why)
+        self.on_saved(save.step, time.perf_counter() - save.started, message)
 
-    def _publish(self, save: Save, everyone: list[tuple[dict[str, Record], str | None]]) -> None:
-        """Name what all ranks have written, or remove it. Raises what went wrong; rank 0 alone has something to do."""
+    def _publish(self, save: Save, results: list[FileResult]) -> None:
+        """On rank 0: publish the files of all ranks as a checkpoint. If any failed, remove them and raise its error."""
         if self.rank != 0:
             return
         try:
-            if why := next((why for _, why in everyone if why), None):
-                raise Damaged(why)
-            files = {name: record for files, _ in everyone for name, record in files.items()}
+            files: dict[str, FileChecksums] = {}
+            for written, error in results:
+                if error is not None:
+                    raise Damaged(error)
+                files.update(written)
             manifest = {"format": FORMAT, "step": save.step, **save.fields, "files": files}
             write_manifest(save.partial, manifest, self._table)
             if self.lock is not None:
@@ -147,21 +174,24 @@ class Saver:
         except Exception:
             shutil.rmtree(save.partial, ignore_errors=True)
             raise
-        # removing gigabytes takes a while
+        # In the background, because removing gigabytes is slow.
         self._thread.submit(prune_checkpoints, self.folder, save.step, self.config.keep, self.config.keep_every)
 
     def close(self) -> None:
-        """Give up what is still being written."""
+        """Cancel the save in progress, and end the thread."""
         self._queue.cancel()
         self._thread.shutdown()
 
 
-def _reason(error: BaseException) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+def _message(error: BaseException) -> str:
+    """The text of an error for the log."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
 
 
 def _lower_priority() -> None:
-    """The writer takes the time that training leaves."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
+    """Give the thread that writes only the CPU time that training leaves."""
+    if sys.platform == "linux":  # elsewhere the priority is that of the whole process
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

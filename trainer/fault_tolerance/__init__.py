@@ -1,1 +1,1 @@
-"""What keeps a run safe from signals, dead or hanging processes, and a second run in the same folder."""
+"""Protects a run from signals, from processes that die or hang, and from a second run in the same folder."""

@@ -1,18 +1,18 @@
-"""How a run ends that does not reach its last step: the exceptions, and the line for memory that ran out."""
+"""Exceptions that end a run before its last step, and the error message for memory that ran out."""
 
 from data.settings import UserError
 
 
 class RunEnded(Exception):
-    """This process ends a run without an error, and before it did the last step."""
+    """This process ends the run before its last step, without an error."""
 
 
 class AlreadyFinished(RunEnded):
-    """The run did its last step in an earlier start; the message says where, and how to continue."""
+    """An earlier start of this run did its last step. The message names the folder, and says how to continue."""
 
 
 class Stopped(RunEnded):
-    """All ranks know that the run was asked to end; `requeue`: by a cluster, which is to start it again."""
+    """All ranks know that the run was asked to stop. requeue: a cluster asked, and is to start the run again."""
 
     def __init__(self, requeue: bool) -> None:
         super().__init__("stopped")
@@ -20,7 +20,7 @@ class Stopped(RunEnded):
 
 
 class RankFailed(Exception):
-    """Another rank ended this run, or keeps it waiting: one line that says which and why, and the exit code."""
+    """Another rank ended this run or does not respond. line: which rank and why; code: this process's exit code."""
 
     def __init__(self, line: str, code: int = 1) -> None:
         super().__init__(line)
@@ -28,14 +28,17 @@ class RankFailed(Exception):
 
 
 def memory_error(error: BaseException, phase: str, step: int, micro_batch_size: int, seq_len: int) -> UserError | None:
-    """The line for an error that means that memory was not there, else None."""
-    names, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
-    if not names & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in text:
+    """A UserError that names the settings to lower, if `error` means that memory ran out; otherwise None.
+
+    phase, step: where it happened; step 0 is before the first step.
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if not names & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in str(error):
         return None
     if step == 0:
         return UserError(
             f"out of memory while {phase}: `--dry-run` prints what the run needs; start more processes on more "
-            "machines or devices, or take a smaller model"
+            "machines or devices, or use a smaller model"
         )
     return UserError(
         f"out of memory in step {step}, {phase}: lower train.micro_batch_size={micro_batch_size} or "

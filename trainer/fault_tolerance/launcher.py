@@ -1,4 +1,4 @@
-"""A worker and the torchrun that started it: ending with it, and keeping it from restarting workers in vain.
+"""A worker process and its launcher, torchrun: the worker ends with it, and keeps it from restarts that cannot help.
 
 Imports no torch, so that a worker can use it before torch is imported.
 """
@@ -13,10 +13,11 @@ import time
 from typing import NoReturn
 
 SIGNAL_RECEIVED = threading.Event()  # set by `signals.StopFlag`
+SIGNAL_TIMEOUT_S = 5.0  # until torchrun has passed on the SIGHUP of `end_launcher`
 
 
 def die_with_parent() -> None:
-    """Let this worker end when its torchrun does, even by SIGKILL, which would leave it alive."""
+    """Make this worker end when torchrun ends, even by SIGKILL, which would otherwise leave the worker running."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     try:
@@ -28,7 +29,7 @@ def die_with_parent() -> None:
 
 
 def watch_parent() -> None:
-    """The same where the kernel does not do it: a thread that looks every second."""
+    """Do the same if the kernel cannot: a thread checks every second whether the parent is still there."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -40,29 +41,30 @@ def watch_parent() -> None:
 
 
 def end_launcher() -> None:
-    """Keep torchrun from starting its workers again: what happened would happen again, or was not asked for.
+    """Keep torchrun from restarting its workers, because a restart would fail again or nobody asked for it.
 
-    One rank asks it to end, by SIGHUP, since batch scripts take SIGTERM for the cluster's; the others wait for that,
-    since the first to fail would be the reason to start again.
+    One rank sends SIGHUP to torchrun. SIGTERM would not do, because batch scripts would think that the cluster sent it.
+    The other ranks wait until torchrun passes the signal on: if one ended before, torchrun would restart the workers.
     """
     if restarts_left() <= 0:
         return
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         os.kill(os.getppid(), signal.SIGHUP)
-    SIGNAL_RECEIVED.wait(5)
+    SIGNAL_RECEIVED.wait(SIGNAL_TIMEOUT_S)
 
 
 def restarts_left() -> int:
-    """How often torchrun will start its workers again when one fails."""
-    most, done = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return most - done
+    """How often torchrun would still restart its workers after a failure; 0 without torchrun."""
+    allowed = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return allowed - done
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process, with what it said written out, and no more.
+    """End this process with an exit code, without Python's finalization. Output is flushed.
 
-    Python would take itself apart first, for half a second of CPU with torch, and aborts (SIGABRT) when a thread comes
-    back from a store or a collective meanwhile: a run that is done would count as failed.
+    With torch, finalization costs half a second of CPU time. It also aborts (SIGABRT) if a thread returns from a store
+    or a collective during it, and then a run that has finished would count as failed.
     """
     with contextlib.suppress(OSError):
         sys.stdout.flush()

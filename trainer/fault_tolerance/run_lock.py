@@ -1,8 +1,9 @@
-"""One run, one writer: the file `lock` in a run's folder, held by its rank 0.
+"""The lock of a run folder: only one run at a time trains in it. Rank 0 holds the file `lock` in the folder.
 
-On one host an flock decides, which the kernel releases when its process ends, however it ends; on file systems without,
-whether the process lives. Between hosts a lease does: the file's time, renewed while the run lives. The file holds a
-random id, and a checkpoint is published only while that is still ours, so a writer that was thought dead does no harm.
+On one host the lock is an flock, which the kernel releases when the process ends, however it ends. On a file system
+without flock the lock is held while the process that the file names is alive. Between hosts the lock is a lease: the
+file's modification time, which the run renews while it is alive. The file contains a random id, and a run publishes a
+checkpoint only while the id is its own. So a run that was wrongly considered dead does no harm.
 """
 
 import fcntl
@@ -18,73 +19,79 @@ from data.settings import UserError
 from trainer.fault_tolerance.processes import process_alive
 
 NAME = "lock"
-LEASE = 60.0  # seconds without renewal after which another host's run counts as dead
-PATIENCE = 3.0  # seconds that a killed process may take to be gone
+LEASE_S = 60.0  # without renewal, after which a run on another host counts as dead
+FLOCK_TIMEOUT_S = 3.0  # a killed process has ended, and has released its flock, by then
 
 
 class LockLost(UserError):
-    """Another run has taken the folder over."""
+    """Another run has taken over the lock, or its file was removed."""
 
 
 class RunLock:
-    """Held from creation to `release`. Raises UserError in one line where another run lives, or nothing can be written.
+    """The lock, held from creation until `release`.
 
-    Another host's run is waited for: for less than a minute, until its lease ends or is renewed.
+    Raises UserError if another run holds it, or if the folder cannot be written. If the lock belongs to another host,
+    waits for less than a minute, until the lease ends or is renewed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.id = secrets.token_hex(8)
-        self._handle, self._ended = -1, threading.Event()
+        self._handle = -1
+        self._released = threading.Event()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._wait_for_the_living(self._flock())
+            self._wait_for_holder(has_flock=self._acquire_flock())
             self._write({"id": self.id, "host": _host(), "name": socket.gethostname(), "process": os.getpid()})
         except (OSError, UserError) as error:
             if self._handle >= 0:
                 os.close(self._handle)
             if isinstance(error, UserError):
                 raise
-            why = f"{error.strerror}; the run folder cannot be written"
-            raise UserError(f"{folder}: {why}, make room there or set run.dir=") from None
+            why = f"the run folder cannot be written ({error.strerror})"
+            raise UserError(f"{folder}: {why}; free space or fix its permissions, or set run.dir= to another") from None
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
-    def _flock(self) -> bool:
-        """Whether the file system knows flocks; then this is ours. Raises UserError where another process has it."""
-        end = time.monotonic() + PATIENCE
+    def _acquire_flock(self) -> bool:
+        """Acquire the flock. False if the file system has none. Raises UserError if another process holds it."""
+        end = time.monotonic() + FLOCK_TIMEOUT_S
         while True:
             try:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise UserError(self._living()) from None
+                    raise UserError(self._held_by_another()) from None
                 time.sleep(0.1)
             except OSError:
                 return False
 
-    def _wait_for_the_living(self, flocked: bool) -> None:
-        holder = read(self.path)
+    def _wait_for_holder(self, has_flock: bool) -> None:
+        """Wait until the run that the file names has ended. Raises UserError if it is alive."""
+        holder = read_holder(self.path)
         if not holder:
             return
         if holder.get("host") == _host():
-            if not flocked and process_alive(int(holder["process"])):
-                raise UserError(self._living())
+            if not has_flock and process_alive(int(holder["process"])):
+                raise UserError(self._held_by_another())
             return
         renewed = os.stat(self.path).st_mtime
-        while (left := renewed + LEASE - self._now()) > 0:
-            time.sleep(min(1.0, left))
+        while (remaining := renewed + LEASE_S - self._now()) > 0:
+            time.sleep(min(1.0, remaining))
             if os.stat(self.path).st_mtime != renewed:
-                raise UserError(self._living())
+                raise UserError(self._held_by_another())
 
-    def _living(self) -> str:
-        holder = read(self.path)
-        who = f"process {holder.get('process')} on {holder.get('name')}" if holder else "another process"
-        return f"{self.path.parent}: {who} is training in it; end that one, or choose another run.name="
+    def _held_by_another(self) -> str:
+        """The error message for a folder that another run holds."""
+        holder = read_holder(self.path)
+        process = f"process {holder.get('process')} on {holder.get('name')}" if holder else "another process"
+        return (
+            f"{self.path.parent}: {process} is training in this folder; stop that process, or choose another run.name="
+        )
 
     def _now(self) -> float:
-        """The file server's time, which need not be ours."""
+        """The time of the file server, which may differ from this host's."""
         probe = self.path.with_name(f".{NAME}-{self.id}")
         try:
             probe.touch()
@@ -99,34 +106,34 @@ class RunLock:
         os.fsync(self._handle)
 
     def _renew(self) -> None:
-        while not self._ended.wait(LEASE / 4):
+        while not self._released.wait(LEASE_S / 4):
             try:
                 os.utime(self._handle)
-            except OSError:  # the folder is out of reach: nobody else sees it renewed, and so it shall be
+            except OSError:  # this host cannot reach the folder; then the lease may well end
                 pass
 
     def check(self) -> None:
-        """Raises LockLost unless the folder is still this run's."""
-        if read(self.path).get("id") != self.id:
+        """Raises LockLost unless the file still contains this run's id."""
+        if read_holder(self.path).get("id") != self.id:
             raise LockLost(
-                f"{self.path}: no longer this run's, another took it over or removed it; this one saves no more"
+                f"{self.path}: another run took this lock over, or the file was removed; this run ends without saving"
             )
 
     def release(self) -> None:
-        """Leave the folder to the next run, of any host."""
-        if self._ended.is_set():
+        """Release the lock, so that a run on any host can take it at once. May be called twice."""
+        if self._released.is_set():
             return
-        self._ended.set()
+        self._released.set()
         try:
-            if read(self.path).get("id") == self.id:
+            if read_holder(self.path).get("id") == self.id:
                 self._write({})
         except OSError:
             pass
         os.close(self._handle)
 
 
-def read(path: Path) -> dict[str, str | int]:
-    """What a lock file says of its holder; empty where there is none."""
+def read_holder(path: Path) -> dict[str, str | int]:
+    """The holder that a lock file names: its id, host, name and process. Empty if there is none."""
     try:
         holder = json.loads(path.read_text())
         return holder if isinstance(holder, dict) else {}
@@ -134,10 +141,10 @@ def read(path: Path) -> dict[str, str | int]:
         return {}
 
 
-def sees(folder: Path, lock_id: str, patience: float) -> bool:
-    """Whether a lock with this id can be read here, soon: whether the folder is the same as rank 0's."""
-    end = time.monotonic() + patience
-    while read(folder / NAME).get("id") != lock_id:
+def lock_is_visible(folder: Path, lock_id: str, timeout: float) -> bool:
+    """Whether this rank sees rank 0's lock in its own folder, within `timeout` seconds: they share the folder."""
+    end = time.monotonic() + timeout
+    while read_holder(folder / NAME).get("id") != lock_id:
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
@@ -145,7 +152,7 @@ def sees(folder: Path, lock_id: str, patience: float) -> bool:
 
 
 def _host() -> str:
-    """Names this machine since it was started: containers may share a host name, and a host its containers."""
+    """The id of this host's boot, which its containers share. Containers of different hosts may share a host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

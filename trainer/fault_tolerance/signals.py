@@ -1,8 +1,9 @@
-"""Signals that end a run, and what it leaves behind for the cluster that started it.
+"""Signals that stop a run, and the file that tells the cluster to start it again.
 
-A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 on any rank asks all of them to save and end; a second one ends at once.
-They are heard by a thread, so also while the main thread is deep in C++. After SIGTERM or SIGUSR1, which a cluster
-sends, the file `requeue` in the run folder says that there is more to do. Imports no torch, to hear from the start.
+The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 on any rank asks all ranks to save and end; a second one ends the process
+at once. A thread receives them, so that they are noticed while the main thread runs C++ code. After SIGTERM or SIGUSR1,
+which a cluster sends, the file `requeue` in the run folder says that the run has more steps to do. Imports no torch, so
+that signals are received from the start of the process.
 """
 
 import contextlib
@@ -19,44 +20,47 @@ from trainer.terminal import log_stderr
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 REQUEUE = "requeue"
-REPEAT = 2.0  # seconds: srun and torchrun both pass a signal on, so each worker gets it twice
+COPY_WINDOW_S = 2.0  # srun and torchrun both pass a signal on, so each worker receives it twice
 
 
 class StopFlag:
-    """Whether this rank was asked to end, and whether by a cluster, which will start the run again.
+    """Whether this rank was asked to stop, and whether by a cluster, which will start the run again.
 
-    What follows within REPEAT seconds is a copy of the first signal. SIGUSR1 is a warning ahead of SIGTERM: that is a
-    first signal of its own, and does not break off the save that the warning began. A context: the handlers of before
-    come back when it is left.
+    A signal within COPY_WINDOW_S of the first one counts as its copy. SIGUSR1 is a warning that comes ahead of SIGTERM:
+    the SIGTERM counts as a first signal again, and does not interrupt the save that SIGUSR1 started. Used as a context,
+    it restores the previous signal handlers at the end.
     """
 
-    asked = False
+    requested = False
     requeue = False
-    stepped = False  # set once a step of this start is done: a job whose time is over before would go round forever
+    # Set when this start has done a step. If the time limit of a job ends before that, to requeue the job would repeat
+    # the same start without end.
+    step_done = False
 
     def listen(self) -> "StopFlag":
-        """Hear signals from now on. From the main thread only."""
-        self._ear, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        self._mouth = mouth
-        self._before = {}
-        self._heard: dict[bool, float] = {}  # SIGUSR1 or another: when it first came
+        """Receive signals from now on. To be called on the main thread."""
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_handlers = {}
+        self._first_at: dict[str, float] = {}  # time of the first "warning" (SIGUSR1), and of the first other signal
         for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
-            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup asks for
-                self._before[number] = signal.signal(number, _pass)
-        self._wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+            # nohup makes a process ignore SIGHUP, which is respected
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self._old_handlers[number] = signal.signal(number, _do_nothing)
+        self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._receive, name="signals", daemon=True)
         self._thread.start()
         return self
 
     def close(self) -> None:
-        for number, handler in self._before.items():
+        """Restore the previous handlers."""
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._mouth.send(b"\0")
+        signal.set_wakeup_fd(self._old_wakeup)
+        self._writer.send(b"\0")
         self._thread.join()
-        self._ear.close()
-        self._mouth.close()
+        self._reader.close()
+        self._writer.close()
 
     def __enter__(self) -> "StopFlag":
         return self.listen()
@@ -64,48 +68,53 @@ class StopFlag:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
+        """The thread: Python writes the number of each signal to the socket, and `close` writes 0."""
         while True:
-            for number in self._ear.recv(64):
+            for number in self._reader.recv(64):
                 if number == 0:
                     return
-                if number in self._before:
-                    self._hear(signal.Signals(number), time.monotonic())
+                if number in self._old_handlers:
+                    self._handle(signal.Signals(number), time.monotonic())
 
-    def _hear(self, number: signal.Signals, now: float) -> None:
-        first = self._heard.setdefault(number.name == "SIGUSR1", now)
-        if not self.asked:
-            self.requeue = number.name == "SIGTERM" or (number.name == "SIGUSR1" and self.stepped)
-            self.asked = True
+    def _handle(self, number: signal.Signals, now: float) -> None:
+        first_at = self._first_at.setdefault("warning" if number.name == "SIGUSR1" else "stop", now)
+        if not self.requested:
+            self.requeue = number.name == "SIGTERM" or (number.name == "SIGUSR1" and self.step_done)
+            self.requested = True
             SIGNAL_RECEIVED.set()
             if number == signal.SIGINT:
-                log_stderr("Ctrl-C: saving after this step; once more ends at once")
-            elif number.name == "SIGUSR1" and not self.stepped:
-                log_stderr("SIGUSR1 before a step was done: not to be queued again; give it more time")
-        elif now - first > REPEAT:
-            log_stderr(f"{number.name} again: ending at once, without saving")
+                log_stderr(
+                    "Ctrl-C: saving a checkpoint after this step, then ending; "
+                    f"press Ctrl-C again after {COPY_WINDOW_S:.0f} s to end without saving"
+                )
+            elif number.name == "SIGUSR1" and not self.step_done:
+                log_stderr(
+                    "SIGUSR1 before the first step was done: the job is not requeued, because it would get no further; "
+                    "raise its time limit"
+                )
+        elif now - first_at > COPY_WINDOW_S:
+            log_stderr(f"second signal ({number.name}): ending at once, without saving")
             end_launcher()
             os._exit(128 + number)
 
 
-def _pass(number: int, frame: FrameType | None) -> None:
-    """A handler, so that Python writes the signal to the wakeup socket."""
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler must be set, or Python would not write the signal to the wakeup socket."""
 
 
-def leave_mark(folder: Path, step: int) -> None:
-    """`requeue` in a run folder: it was stopped by its cluster and has more to do."""
+def write_requeue_file(folder: Path, step: int) -> None:
+    """Write `requeue` into a run folder: the cluster stopped the run at `step`, and it has more steps to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{REQUEUE}"
-        aside.write_text(f"stopped at step {step} by a signal; starting it again goes on\n")
-        os.replace(aside, folder / REQUEUE)
+        temporary = folder / f".{REQUEUE}"
+        temporary.write_text(f"stopped at step {step} by a signal; the same command resumes the run\n")
+        os.replace(temporary, folder / REQUEUE)
     except OSError as error:
-        log_stderr(
-            f"{folder / REQUEUE}: cannot be written ({error}); the cluster will not start this run again by itself"
-        )
+        log_stderr(f"{folder / REQUEUE}: cannot be written ({error}); the job will not be requeued, submit it again")
 
 
-def clear_mark(folder: Path) -> None:
-    """As every start does."""
+def remove_requeue_file(folder: Path) -> None:
+    """Remove `requeue` from a run folder, as each start of the run does."""
     with contextlib.suppress(OSError):
         (folder / REQUEUE).unlink()

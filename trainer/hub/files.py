@@ -21,10 +21,10 @@ from torch import Tensor
 
 from data.settings import UserError
 from model.random import Window
+from trainer.safetensors_header import TensorEntry, make_header
 
 CONFIG_FILE, INDEX_FILE, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_JSON_BYTES = 1 << 26
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 WRITE_BYTES = 1 << 24  # converted and written at a time
 
 
@@ -130,21 +130,10 @@ class _File:
         return sum(entry.size for entry in self.entries)
 
     def layout(self) -> tuple[bytes, dict[str, int]]:
-        """Header, and where each tensor begins; wide types first, so that each lies at a multiple of its size."""
-        at, places = 0, {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for entry in sorted(self.entries, key=lambda entry: -entry.dtype.itemsize):
-            places[entry.name], end = at, at + entry.size
-            header[entry.name] = {
-                "dtype": CODES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [at, end],
-            }
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = len(text).to_bytes(8, "little") + text
-        return start, {name: len(start) + place for name, place in places.items()}
+        """The header of the file, and the byte at which each tensor begins."""
+        entries = (TensorEntry(entry.name, entry.dtype, entry.shape) for entry in self.entries)
+        header = make_header(entries, alignment=8)
+        return header.content, header.starts
 
 
 def write_shards(

@@ -184,7 +184,7 @@ def _save(model: Transformer, folder: HFCheckpoint, source: Path, out: Path, tok
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    saver = Saver(partial, checkpoint_tensors(model), tokenizer.path, CheckpointConfig(), tell=note_failure)
+    saver = Saver(partial, checkpoint_tensors(model), tokenizer.path, CheckpointConfig(), on_saved=note_failure)
     try:
         saver.save(0, fields, wait=True)
         saver.close()

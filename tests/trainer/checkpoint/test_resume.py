@@ -1,4 +1,4 @@
-"""What a resume must not change: loss scale, skipped steps, data order across epochs; and what it says."""
+"""A resume changes neither the loss scale nor skipped steps nor the data order, and logs what differs."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ RUN = "tests.support.run_cases:run_words"
 
 
 @pytest.mark.slow
-def test_everything_at_once_is_bitwise_the_same(pool, corpus_dir, tmp_path):
-    """Experts over two ranks, dropout, noise, balance, fp16 and its scale, saved beside the training."""
+def test_a_resumed_run_with_all_features_is_bitwise_the_same(pool, corpus_dir, tmp_path):
+    """Experts on two ranks, dropout, router noise, balance bias, fp16 with its loss scale, background saves."""
     words = ["train.steps=8", "train.dtype=float16", "model.dropout=0.1", "model.noisy_top_k=true", "parallel.expert=2"]
     words += ["checkpoint.every=3", "checkpoint.async_save=true"]
     for more in (["run.name=whole"], ["run.name=parts", "train.stop_at=2"], ["run.name=parts", "train.stop_at=5"]):
@@ -23,11 +23,11 @@ def test_everything_at_once_is_bitwise_the_same(pool, corpus_dir, tmp_path):
     pool.run(2, RUN, corpus=str(corpus_dir), runs=str(tmp_path), more=[*words, "run.name=parts"])
     assert cases.losses(tmp_path / "parts") == cases.losses(tmp_path / "whole")
     newest = [complete_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "parts")]
-    for name in ("shard-00000.safetensors", "shard-00001.safetensors"):  # with moments and biases
+    for name in ("shard-00000.safetensors", "shard-00001.safetensors"):  # they hold moments and biases, too
         assert (newest[0] / name).read_bytes() == (newest[1] / name).read_bytes()
 
 
-def test_the_loss_scale_goes_on_where_it_was(corpus_dir, tmp_path, monkeypatch):
+def test_the_loss_scale_is_resumed(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(LossScale, "PATIENCE", 3)
     words = ["train.steps=9", "train.dtype=float16"]
     assert cases.run(corpus_dir, tmp_path, *words, "run.name=whole") == 0
@@ -58,8 +58,8 @@ def test_skipped_steps_are_counted_whatever_comes_between(corpus_dir, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path, capfd):
-    """Ten steps are an epoch and a half here."""
+def test_resuming_on_other_meshes_keeps_the_losses(pool, corpus_dir, tmp_path, capfd):
+    """Ten steps are an epoch and a half here, so that a resume crosses the end of an epoch."""
     from data.prepare import main
 
     data = [f"data.tokenizer={corpus_dir}/tokenizer.model", "data.stories=150", "data.validation=0.05"]
@@ -77,24 +77,24 @@ def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path
     capfd.readouterr()
     assert cases.run(corpus, tmp_path, *more) == 0
     np.testing.assert_allclose(cases.losses(tmp_path / "chain"), cases.losses(tmp_path / "whole"), rtol=1e-5)
-    said = [line for line in capfd.readouterr().out.splitlines() if "equal to rounding" in line]
-    assert len(said) == 1 and "world 2 -> 1, degrees {" in said[0] and "torch" not in said[0]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "equal to rounding" in line]
+    assert len(lines) == 1 and "world 2 -> 1, degrees {" in lines[0] and "torch" not in lines[0]
 
 
-def test_auto_stays_what_it_was(corpus_dir, tmp_path, monkeypatch):
+def test_a_resume_keeps_the_dtype_that_auto_chose(corpus_dir, tmp_path, monkeypatch):
     words = ["run.name=r", "train.steps=4"]
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2", "train.dtype=float32") == 0
-    monkeypatch.setattr("trainer.machine.bf16_pays", lambda dim: True)  # what another trial might say
+    monkeypatch.setattr("trainer.machine.bf16_pays", lambda dim: True)  # as another measurement might decide
     assert cases.run(corpus_dir, tmp_path, *words, "train.dtype=auto") == 0
     assert read_manifest(complete_checkpoints(tmp_path / "r" / "checkpoints")[-1])["dtype"] == "float32"
 
 
-def test_where_it_was_saved_and_goes_on_is_compared(corpus_dir, tmp_path, capsys):
+def test_a_resume_logs_what_changed_since_the_save(corpus_dir, tmp_path, capsys):
     words = ["run.name=r", "train.steps=4"]
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=3") == 0
     assert "equal to rounding" not in capsys.readouterr().out
     assert cases.run(corpus_dir, tmp_path, *words, "run.threads=2", "train.global_batch_size=8") == 0
     out = capsys.readouterr().out
-    assert "since it was saved elsewhere: threads 1 -> 2\n" in out
-    assert "train.global_batch_size: 6 -> 8" in out and "rows of this epoch may come twice" in out
+    assert "equal to rounding, not bitwise: threads 1 -> 2\n" in out
+    assert "train.global_batch_size: 6 -> 8" in out and "rows of this epoch may be repeated" in out

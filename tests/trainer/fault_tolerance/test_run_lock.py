@@ -1,4 +1,4 @@
-"""One run, one writer, whatever kills the first."""
+"""Only one run trains in a folder, and a run that was killed does not block the next one."""
 
 import errno
 import json
@@ -13,18 +13,25 @@ import pytest
 
 from data.settings import UserError
 from tests.support import run_cases as cases
-from trainer.fault_tolerance import run_lock as lock
+from tests.support.fault_cases import wait_for
+from trainer.fault_tolerance import run_lock
 from trainer.fault_tolerance.run_lock import LockLost, RunLock
 
-HOLD = "import sys, time; from pathlib import Path; from trainer.fault_tolerance.run_lock import RunLock; "
-HOLD += "held = RunLock(Path(sys.argv[1])); "
-HOLD += "print(held.id, flush=True); time.sleep(600)"
+HOLD_LOCK = """
+import sys, time
+from pathlib import Path
+from trainer.fault_tolerance.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print(lock.id, flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of tmp_path / "run"."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HOLD_LOCK, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and len(process.stdout.readline().strip()) == 16
     yield process
     process.kill()
@@ -32,35 +39,33 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_a_second_run_is_refused_while_the_first_lives_and_may_start_when_it_was_killed(
-    corpus_dir, tmp_path, holder, monkeypatch
-):
-    monkeypatch.setattr(lock, "PATIENCE", 0.2)
-    with pytest.raises(UserError, match=f"run: process {holder.pid} on .* is training in it") as error:
+def test_a_second_run_is_refused_until_the_first_is_killed(corpus_dir, tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(run_lock, "FLOCK_TIMEOUT_S", 0.2)
+    with pytest.raises(UserError, match=f"run: process {holder.pid} on .* is training in this folder") as error:
         cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=2")
     assert "\n" not in str(error.value) and {p.name for p in (tmp_path / "run").iterdir()} == {"lock"}
-    monkeypatch.setattr(lock, "PATIENCE", 30.0)
+    monkeypatch.setattr(run_lock, "FLOCK_TIMEOUT_S", 30.0)
     os.kill(holder.pid, signal.SIGKILL)
     assert cases.run(corpus_dir, tmp_path, "run.name=run", "train.steps=2") == 0
-    assert (tmp_path / "run" / "lock").read_text() == ""  # left to whoever comes
+    assert (tmp_path / "run" / "lock").read_text() == ""  # released
 
 
-def test_without_flocks_it_is_asked_whether_the_process_lives(tmp_path, holder, monkeypatch):
-    """As on a Lustre that was mounted without them."""
+def test_without_flock_a_living_process_keeps_the_lock(tmp_path, holder, monkeypatch):
+    """As on a Lustre file system that was mounted without flock."""
 
-    def unknown(handle, how):
+    def not_implemented(handle, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unknown)
-    with pytest.raises(UserError, match=f"process {holder.pid} on .* is training in it"):
+    monkeypatch.setattr(run_lock.fcntl, "flock", not_implemented)
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* is training in this folder"):
         RunLock(tmp_path / "run")
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     RunLock(tmp_path / "run").release()
 
 
-def foreign(folder: Path, age: float) -> Path:
-    """A lock that a run on another host has left, or holds."""
+def lock_of_another_host(folder: Path, age: float) -> Path:
+    """The lock file of a run on another host, which renewed it `age` seconds ago."""
     folder.mkdir()
     path = folder / "lock"
     path.write_text(json.dumps({"id": "a", "host": "elsewhere", "name": "node7", "process": 1}))
@@ -68,17 +73,17 @@ def foreign(folder: Path, age: float) -> Path:
     return path
 
 
-def test_the_lease_of_another_host_is_waited_for_and_then_over(tmp_path):
-    foreign(tmp_path / "run", lock.LEASE - 1.5)
-    began = time.monotonic()
-    held = RunLock(tmp_path / "run")
-    assert time.monotonic() - began > 0.5
-    assert lock.read(tmp_path / "run" / "lock")["id"] == held.id
-    held.release()
+def test_a_run_waits_for_the_end_of_another_hosts_lease(tmp_path):
+    path = lock_of_another_host(tmp_path / "run", run_lock.LEASE_S - 1.5)
+    start = time.monotonic()
+    lock = RunLock(tmp_path / "run")
+    assert time.monotonic() - start > 0.5
+    assert run_lock.read_holder(path)["id"] == lock.id
+    lock.release()
 
 
-def test_a_lease_that_is_renewed_is_respected(tmp_path):
-    path = foreign(tmp_path / "run", 5)
+def test_a_run_is_refused_if_another_host_renews_its_lease(tmp_path):
+    path = lock_of_another_host(tmp_path / "run", 5)
     renew = f"import os, time; time.sleep(1); os.utime({str(path)!r})"
     with (
         subprocess.Popen([sys.executable, "-c", renew]),
@@ -87,38 +92,36 @@ def test_a_lease_that_is_renewed_is_respected(tmp_path):
         RunLock(tmp_path / "run")
 
 
-def test_it_is_renewed_while_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "LEASE", 0.2)
-    held = RunLock(tmp_path / "run")
-    os.utime(held.path, (0, 0))
-    for _ in range(100):
-        if held.path.stat().st_mtime > 0:
-            break
-        time.sleep(0.1)
-    assert held.path.stat().st_mtime > 0
-    held.release()
-    held.release()  # twice does no harm
+def test_the_lease_is_renewed_while_the_lock_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "LEASE_S", 0.2)
+    lock = RunLock(tmp_path / "run")
+    os.utime(lock.path, (0, 0))
+    assert wait_for(lambda: lock.path.stat().st_mtime > 0, 10)
+    lock.release()
+    lock.release()  # a second call does nothing
 
 
-def test_who_lost_it_learns_and_leaves_the_others_alone(tmp_path):
-    held = RunLock(tmp_path / "run")
-    held.check()
+def test_a_run_that_lost_its_lock_leaves_the_new_one_alone(tmp_path):
+    lock = RunLock(tmp_path / "run")
+    lock.check()
     other = {"id": "b", "host": "elsewhere", "name": "node7", "process": 2}
-    held.path.write_text(json.dumps(other))
-    with pytest.raises(LockLost, match="no longer this run's"):
-        held.check()
-    held.release()
-    assert lock.read(held.path) == other
+    lock.path.write_text(json.dumps(other))
+    with pytest.raises(LockLost, match="another run took this lock over"):
+        lock.check()
+    lock.release()
+    assert run_lock.read_holder(lock.path) == other
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_an_unwritable_folder_ends_the_run_in_one_line(corpus_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Not a directory; the run folder cannot be written, .* set run.dir="):
-        RunLock(tmp_path / "file" / "run")
+    message = r"the run folder cannot be written \(Not a directory\); .* set run.dir="
+    with pytest.raises(UserError, match=message) as error:
+        cases.run(corpus_dir, tmp_path / "file", "run.name=run")
+    assert "\n" not in str(error.value)
 
 
-def test_a_rank_that_sees_another_folder_is_named(pool, corpus_dir, tmp_path):
-    """As on nodes without a shared file system: a relative run.dir, from two places."""
-    found = pool.run(2, "tests.support.run_cases:apart", corpus=str(corpus_dir), folder=str(tmp_path))
-    for text in found:
+def test_ranks_that_see_different_folders_are_reported(pool, corpus_dir, tmp_path):
+    """As on nodes without a shared file system: a relative run.dir in two working directories."""
+    errors = pool.run(2, "tests.support.run_cases:apart", corpus=str(corpus_dir), folder=str(tmp_path))
+    for text in errors:
         assert "does not see the folder that rank 0 writes to; set run.dir=" in text and "\n" not in text

@@ -1,4 +1,4 @@
-"""Faults of a run: what is skipped, what is said, what is kept, and who is named."""
+"""Faults during a run: bad gradients, no memory, a full disk, and ranks that fail, hang or never start."""
 
 import os
 import resource
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from parallel.mesh import World
 from parallel.rendezvous import find_others
 from tests.support import fault_cases
 from tests.support import run_cases as cases
+from tests.support.launched_runs import living_processes
 from trainer.checkpoint.folder import complete_checkpoints
 from trainer.config import LogConfig
 from trainer.fault_tolerance.errors import Stopped, memory_error
 from trainer.fault_tolerance.signals import StopFlag
-from trainer.fault_tolerance.watchdog import Place, Watchdog, compare
+from trainer.fault_tolerance.watchdog import Progress, Watchdog, describe_ranks
 from trainer.metrics import Reporter, read_lines
 from trainer.spikes import Spikes
 
@@ -97,16 +99,16 @@ def test_a_spike_is_reported(corpus_dir, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("step 31: loss") == 1
 
 
-# memory and disk
+# Memory and disk.
 
 
-def test_a_model_without_room_ends_in_one_line(corpus_dir, tmp_path):
+def test_a_model_too_large_for_memory_ends_in_one_line(corpus_dir, tmp_path):
     with pytest.raises(UserError, match="out of memory while building the model.*--dry-run") as error:
         cases.run(corpus_dir, tmp_path, "model.expert_dim=17592186044416")
     assert "\n" not in str(error.value)
 
 
-def test_a_step_without_room_names_the_settings_that_help():
+def test_a_step_out_of_memory_names_the_settings_to_lower():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
     line = memory_error(error.value, "backward", 7, 16, 1024)
@@ -115,8 +117,8 @@ def test_a_step_without_room_names_the_settings_that_help():
     assert memory_error(RuntimeError("shapes"), "forward", 1, 1, 1) is None
 
 
-def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
-    """The limit of a file's size is to a process as a full disk."""
+def test_a_full_disk_loses_metrics_but_does_not_end_the_run(tmp_path, capsys):
+    """A limit on the size of files has the same effect on a process as a full disk."""
     reporter = Reporter(tmp_path, LogConfig(wandb="disabled"), "full", True)
     reporter.write("train", 1, loss=1.0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -125,131 +127,126 @@ def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
         for step in (2, 3):
             reporter.write("train", step, loss=1.0)
         reporter.write_text(tmp_path / "samples" / "a.txt", "long " * 100)
-        reporter.event(3, "too long for what is left of the disk")
+        reporter.event(3, "too long for the space left on the disk")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     reporter.write("train", 4, loss=1.0)
-    assert [x["step"] for x in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]  # and none of them torn
+    assert [x["step"] for x in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]  # and no line is incomplete
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
     out = capsys.readouterr().out
     assert out.count("cannot be written") == 1 and "going on without" in out
 
 
-# ranks that fail, hang, or never come
+# Ranks that fail, hang, or never start.
 
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
 
 
 class Recorded(Watchdog):
-    """A watchdog whose process goes on."""
+    """A watchdog that records the line instead of ending the process."""
 
     line = ""
 
-    def _end(self, line, code):
+    def _end_process(self, line, code):
         self.line = line
         self.close()
 
 
 @pytest.fixture
 def starting(tmp_path):
-    """Two ranks' watches over a real store, in this process, before the first step."""
+    """The watchdogs of two ranks with a real store, in this process, before the first step."""
     store = dist.FileStore(str(tmp_path / "store"), 2)
     both = [Recorded(rank, 2, StopFlag(), 6, tmp_path / "run") for rank in (0, 1)]
     for watchdog in both:
         watchdog.mark("loading the checkpoint")
-        watchdog.begin(store)
+        watchdog.start(store)
     yield both
     for watchdog in both:
         watchdog.close()
 
 
 @pytest.fixture
-def watches(starting):
+def watchdogs(starting):
     """The same, in their steps."""
     for watchdog in starting:
-        watchdog.enter()
+        watchdog.enter_steps()
     return starting
 
 
 @pytest.mark.parametrize("requeue", [True, False])
-def test_before_the_first_step_all_end_when_one_is_asked_to(starting, requeue, capfd):
+def test_before_the_first_step_a_stop_of_one_rank_ends_all(starting, requeue, capfd):
     first, second = starting
-    second.stop.asked, second.stop.requeue = True, requeue
+    second.stop.requested, second.stop.requeue = True, requeue
     for watchdog in starting:
         assert fault_cases.wait_for(lambda watchdog=watchdog: watchdog._ended is not None)
         with pytest.raises(Stopped):
             watchdog.mark("building the model")
-        assert isinstance(watchdog.verdict(LOST), Stopped)  # the other is gone already
+        assert isinstance(watchdog.final_error(LOST), Stopped)  # the other rank has ended already
     assert capfd.readouterr().err == "stopped before the first step\n"
     assert (first.folder / "requeue").exists() == requeue
     with pytest.raises(Stopped):
-        first.enter()
+        first.enter_steps()
 
 
-def test_a_rank_that_does_not_answer_keeps_all_from_ending_before_the_first_step(starting):
-    """A rank that died is why torchrun sends SIGTERM to the rest: that is no stop, and leaves no mark."""
+def test_a_dead_rank_prevents_a_stop_before_the_first_step(starting):
+    """torchrun sends SIGTERM to the other ranks because one died. That is no stop, and writes no requeue file."""
     first, second = starting
     second.close()
     time.sleep(0.5)
-    first.stop.asked = first.stop.requeue = True
+    first.stop.requested = first.stop.requeue = True
     time.sleep(1)
     first.mark("building the model")
     assert not first.folder.exists()
 
 
-def test_the_first_error_of_any_rank_is_what_the_others_end_with(watches, monkeypatch):
-    monkeypatch.setattr("trainer.fault_tolerance.watchdog.GRACE", 2)
-    first, second = watches
+def test_all_ranks_end_with_the_first_error_of_any_rank(watchdogs, monkeypatch):
+    monkeypatch.setattr("trainer.fault_tolerance.watchdog.GRACE_PERIOD_S", 2)
+    first, second = watchdogs
     second.mark("data", 6)
     error = ValueError("no\nsuch row")
-    assert second.verdict(error) is error
+    assert second.final_error(error) is error
     line = "rank 1 failed: ValueError: no such row (step 6, data)"
-    assert str(first.verdict(LOST)) == line and first.verdict(LOST).code == 1
-    first._deadline = None  # as if its main thread waited in C++ for what does not come
+    assert str(first.final_error(LOST)) == line and first.final_error(LOST).code == 1
+    first._deadline = None  # as if its main thread waited in C++ without end
     assert fault_cases.wait_for(lambda: first.line == line)
 
 
-def test_a_users_mistake_on_another_rank_is_told_by_rank_0(watches):
-    first, second = watches
+def test_rank_0_prints_the_user_error_of_another_rank(watchdogs):
+    first, second = watchdogs
     error = UserError("x.y=1: no")
-    assert second.verdict(error) is error
-    told = first.verdict(LOST)
-    assert str(told) == "rank 1: x.y=1: no" and told.code == 2
+    assert second.final_error(error) is error
+    final = first.final_error(LOST)
+    assert str(final) == "rank 1: x.y=1: no" and final.code == 2
 
 
-def test_a_rank_that_was_killed_is_named(watches):
-    first, second = watches
+def test_a_rank_that_was_killed_is_named(watchdogs):
+    first, second = watchdogs
     with subprocess.Popen(["true"]) as process:
         process.wait()
-    second.place.pid = process.pid
+    second.progress.pid = process.pid
     first.mark("forward", 7)
     second.mark("backward", 6)
     time.sleep(1.5)  # until it is in the store
-    assert str(first.verdict(LOST)) == (
-        "step 7, forward: rank 1 is gone, killed or with its machine (last seen in step 6, backward)"
+    assert str(first.final_error(LOST)) == (
+        "step 7, forward: rank 1 is gone: it was killed, or its machine failed (last seen in step 6, backward)"
     )
 
 
-def test_an_error_of_its_own_is_kept(watches):
-    error = ValueError("mine")
-    assert watches[0].verdict(error) is error
-
-
-def test_a_rank_that_hangs_is_named_by_the_others(watches):
-    first, second = watches
+def test_a_rank_that_hangs_is_named_by_all_ranks(watchdogs):
+    first, second = watchdogs
     second.mark("data", 12)
     for phase in ("data", "forward"):
         first.mark(phase, 12)
     assert fault_cases.wait_for(lambda: first.line and second.line)
-    for watchdog in watches:
-        assert "no rank has moved for" in watchdog.line and "(run.timeout=6)" in watchdog.line
+    for watchdog in watchdogs:
+        assert "no rank has made progress for" in watchdog.line and "(run.timeout=6)" in watchdog.line
         assert "behind: rank 1 (step 12, data" in watchdog.line and "waiting: rank 0 (step 12, forward" in watchdog.line
 
 
-def test_a_rank_that_is_slow_but_alive_is_waited_for(watches):
-    first, second = watches
-    end = time.monotonic() + 12  # twice run.timeout, which none of them is without a sign
+def test_a_rank_that_is_slow_does_not_count_as_hanging(watchdogs):
+    first, second = watchdogs
+    end = time.monotonic() + 12  # twice run.timeout; the first rank waits, the second makes progress
     first.mark("saving", 3)
     while time.monotonic() < end:
         second.mark("evaluation", 3)
@@ -258,46 +255,53 @@ def test_a_rank_that_is_slow_but_alive_is_waited_for(watches):
 
 
 @pytest.fixture
-def at_work(monkeypatch):
-    """This process uses a whole core, as one does that builds a model, and one that waits for NCCL or a GPU."""
+def busy_cpu(monkeypatch):
+    """This process seems to use a whole core, as while it builds a model, or waits for NCCL or a GPU."""
     monkeypatch.setattr("trainer.fault_tolerance.watchdog.time.process_time", time.monotonic)
 
 
 @pytest.mark.parametrize("phase, step", [("connecting", None), ("forward", 1), ("the step's message", 1)])
-def test_ranks_that_spin_in_their_first_messages_hang(starting, at_work, phase, step):
+def test_ranks_that_only_spin_while_they_connect_hang(starting, busy_cpu, phase, step):
     for watchdog in starting:
         watchdog.mark(phase, step)
         if step:
-            watchdog.enter()
+            watchdog.enter_steps()
     assert fault_cases.wait_for(lambda: all(watchdog.line for watchdog in starting), 30)
     for watchdog in starting:
-        assert "no rank has moved for" in watchdog.line and "none is behind; waiting: ranks 0-1" in watchdog.line
+        assert "no rank has made progress for" in watchdog.line
+        assert "no rank is behind; waiting: ranks 0-1" in watchdog.line
 
 
-def test_a_model_that_takes_long_to_build_is_no_hang(starting, at_work):
+def test_to_build_a_model_for_long_is_no_hang(starting, busy_cpu):
     for watchdog in starting:
         watchdog.mark("building the model")
     time.sleep(9)  # 1.5 times run.timeout
     assert not any(watchdog.line for watchdog in starting)
 
 
-def test_the_line_groups_ranks():
-    places = {rank: Place(4, "forward", 10, line="parallel/x.py:3") for rank in range(6)}
-    assert compare(places, [], []) == "none is behind; waiting: ranks 0-5 (step 4, forward, parallel/x.py:3)"
-    places[3] = Place(4, "data", 9)
-    line = "behind: rank 3 (step 4, data, no sign of life)"
-    assert compare(places, [3], []) == f"{line}; waiting: ranks 0-2, 4-5 (step 4, forward, parallel/x.py:3)"
-    assert "behind: ranks 6-7 (never started)" in compare(places, [], [6, 7])
+def test_the_source_line_is_that_of_the_main_thread():
+    with ThreadPoolExecutor(1) as thread:
+        line = thread.submit(Watchdog()._source_line).result()
+    assert line.startswith("tests/trainer/fault_tolerance/test_watchdog.py:")
 
 
-def test_ranks_of_a_life_find_one_another_and_nobody_of_the_life_before(monkeypatch):
-    """torchrun keeps its store when it starts its workers again; of the second life rank 0 is the first to come."""
+def test_ranks_in_the_same_place_are_grouped():
+    ranks = {rank: Progress(4, "forward", 10, source_line="parallel/x.py:3") for rank in range(6)}
+    assert describe_ranks(ranks, [], []) == "no rank is behind; waiting: ranks 0-5 (step 4, forward, parallel/x.py:3)"
+    ranks[3] = Progress(4, "data", 9)
+    line = "behind: rank 3 (step 4, data, not responding)"
+    assert describe_ranks(ranks, [3], []) == f"{line}; waiting: ranks 0-2, 4-5 (step 4, forward, parallel/x.py:3)"
+    assert "behind: ranks 6-7 (never started)" in describe_ranks(ranks, [], [6, 7])
+
+
+def test_restarted_ranks_find_only_ranks_of_the_same_generation(monkeypatch):
+    """torchrun keeps its store when it restarts its workers. Rank 0 joins first in two generations, and last in one."""
     server = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
 
-    def life(order):
+    def generation(order):
         found = {}
 
         def come(rank):
@@ -315,14 +319,14 @@ def test_ranks_of_a_life_find_one_another_and_nobody_of_the_life_before(monkeypa
         return found
 
     for order in ([0, 1, 2], [0, 2, 1], [1, 2, 0]):
-        stores = life(order)
+        stores = generation(order)
         assert all(store.get(str(rank)) == f"of rank {rank}".encode() for store in stores.values() for rank in order)
         assert not stores[0].check(["seen before"])
         stores[1].set("seen before", "")
         assert stores[2].check(["seen before"])
 
 
-def test_ranks_that_do_not_come_are_named(monkeypatch):
+def test_ranks_that_never_start_are_named(monkeypatch):
     server = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     for name, value in place.items():
@@ -334,7 +338,7 @@ def test_ranks_that_do_not_come_are_named(monkeypatch):
         find_others(World(1, 3), 1)
 
 
-# launchers
+# Launchers.
 
 
 LAUNCHER = """
@@ -343,40 +347,45 @@ worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess
 print(worker.pid, worker.stdout.readline(), flush=True)
 time.sleep(600)
 """
-WORKER = "import time; from trainer import faults; {}; print('ready', flush=True); time.sleep(600)"
+WORKER = """
+import time
+from trainer.fault_tolerance import launcher
+launcher.{function}()
+print("ready", flush=True)
+time.sleep(600)
+"""
 
 
-@pytest.mark.parametrize("bound", ["die_with_parent()", "watch_parent()"])
-def test_a_worker_does_not_outlive_its_launcher(bound):
-    from tests.support.launched_runs import processes
-
-    command = [sys.executable, "-c", LAUNCHER, WORKER.format(bound)]
+@pytest.mark.parametrize("function", ["die_with_parent", "watch_parent"])
+def test_a_worker_does_not_outlive_its_launcher(function):
+    command = [sys.executable, "-c", LAUNCHER, WORKER.format(function=function)]
     env = {**os.environ, "TORCHELASTIC_RUN_ID": "test"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env) as launcher:
         pid, ready = launcher.stdout.readline().split()
-        assert ready == "ready" and int(pid) in processes()
+        assert ready == "ready" and int(pid) in living_processes()
         launcher.kill()
-    assert fault_cases.wait_for(lambda: int(pid) not in processes())
+    assert fault_cases.wait_for(lambda: int(pid) not in living_processes())
 
 
 THREADS = """
 import threading
 import torch.distributed as dist
+from trainer.fault_tolerance.launcher import exit_now
 
 
 def ask(store):
     while True:
-        store.check(["what nobody sets"])
+        store.check(["a key that does not exist"])
 
 store = dist.TCPStore("localhost", 0, 1, True)
 for _ in range(4):
     threading.Thread(target=ask, args=(store.clone(),), daemon=True).start()
-print("said", end="")
+print("output", end="")
 exit_now(3)
 """
 
 
-def test_a_process_ends_with_its_code_whatever_its_threads_do():
-    """With sys.exit(3) it ends by SIGABRT: Python cannot end a thread that comes back from C++."""
+def test_exit_now_keeps_the_exit_code_while_threads_run():
+    """With sys.exit(3) the process ends by SIGABRT: Python cannot end a thread that returns from C++."""
     result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (result.returncode, result.stdout, result.stderr) == (3, "said", "")
+    assert (result.returncode, result.stdout, result.stderr) == (3, "output", "")

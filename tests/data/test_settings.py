@@ -229,10 +229,9 @@ def test_reading_restores_dumped_settings(tmp_path_factory, **values):
     path.write_text(dump(config), encoding="utf-8")
     restored = read(KNOWN, path)
     assert restored["data"] == config["data"]
-    expected = config["train"].model_dump()
-    assert {k: str(v) if k == "replicate" else v for k, v in restored["train"].model_dump().items()} == expected | {
-        "replicate": str(expected["replicate"])
-    }
+    expected, found = config["train"].model_dump(), restored["train"].model_dump()
+    assert str(found.pop("replicate")) == str(expected.pop("replicate"))  # an integer may come back as text
+    assert found == expected
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == {"data", "train"}
 
 

@@ -53,7 +53,7 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), attention_of_any_length():
-            for places in BatchLayout(stories, size, world.size).of(world.rank):
+            for places in BatchLayout(stories, size, world.size).indices(world.rank):
                 between()
                 batch = rows.batch(list(places), [0] * len(places), trim=True).to(device)
                 output = model(batch.tokens, batch.targets)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.settings import UserError
-from data.tokenizer import BLANK_MARK, Tokenizer, write_atomic
+from data.tokenizer import SPACE_SYMBOL, Tokenizer, write_atomic
 
 if TYPE_CHECKING:
     import tokenizers
@@ -73,8 +73,8 @@ def convert(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
     kinds, ids, scores = ModelProto.SentencePiece, dict[str, int](), dict[str, float]()
     for id, piece in enumerate(model.pieces):
         if piece.type == kinds.NORMAL:
-            scores[piece.piece.replace(BLANK_MARK, " ")] = piece.score
-            ids[piece.piece.replace(BLANK_MARK, " ")] = id
+            scores[piece.piece.replace(SPACE_SYMBOL, " ")] = piece.score
+            ids[piece.piece.replace(SPACE_SYMBOL, " ")] = id
         else:
             ids[piece.piece] = id
     splits = [
@@ -119,6 +119,6 @@ def _beyond(model: Any) -> str | None:
         return "it treats blanks in a way of its own"
     if any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces):
         return "it has user-defined or unused pieces"
-    if not any(piece.piece == BLANK_MARK for piece in model.pieces):
+    if not any(piece.piece == SPACE_SYMBOL for piece in model.pieces):
         return "it has no piece for a blank"
     return None

@@ -6,7 +6,7 @@ stream stays the same in all versions.
 
 import numpy as np
 
-INCREMENT = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, made odd
+INCREMENT = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 MASK = (1 << 64) - 1
 
 

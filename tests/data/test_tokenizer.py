@@ -226,7 +226,7 @@ def test_unsuitable_models_are_refused(tmp_path):
     train_other_model(tmp_path / "bos.model", bos_id=-1)
     train_other_model(tmp_path / "eos.model", eos_id=-1)
     train_other_model(tmp_path / "spelled.model", user_defined_symbols=["<s>"])  # a text could yield this bos
-    for name, why in [
+    for name, problem in [
         ("junk", "not a sentencepiece model"),
         ("empty", "not a sentencepiece model"),
         ("none", "the tokenizer cannot be read"),
@@ -234,7 +234,7 @@ def test_unsuitable_models_are_refused(tmp_path):
         ("eos", "no separate eos id"),
         ("spelled", "no separate bos id"),
     ]:
-        with pytest.raises(UserError, match=rf"{name}\.model: .*{why}"):
+        with pytest.raises(UserError, match=rf"{name}\.model: .*{problem}"):
             Tokenizer(tmp_path / f"{name}.model")
 
 

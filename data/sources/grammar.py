@@ -81,7 +81,7 @@ class Alternative(NamedTuple):
 class Option(NamedTuple):
     """An alternative of a choice, prepared for parsing."""
 
-    index: int
+    alternative: int  # its index
     weight: int
     first_literal: str
     other_parts: tuple[Part, ...]

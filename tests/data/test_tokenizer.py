@@ -101,7 +101,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def others(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     """Models like that of Llama 2: they put a space before each text, and have other ids; the second drops spaces."""
     folder = tmp_path_factory.mktemp("others")
-    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    ids: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
     one = train_other_model(folder / "one.model", remove_extra_whitespaces=False, **ids)
     two = train_other_model(folder / "two.model", remove_extra_whitespaces=True, unk_surface="?", **ids)
     return [Tokenizer(one), Tokenizer(two)]
@@ -284,7 +284,8 @@ def encode_cached(encoder: CachedEncoder, text: str) -> tuple[list[int], bool]:
 def lossy(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     """Models without byte pieces: an unknown character becomes unk. The second also normalizes characters."""
     folder = tmp_path_factory.mktemp("lossy")
-    lossy = dict(byte_fallback=False, vocab_size=80, add_dummy_prefix=False, remove_extra_whitespaces=False)
+    lossy: dict[str, Any] = {"byte_fallback": False, "vocab_size": 80}
+    lossy |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
     one = train_other_model(folder / "one.model", **lossy)
     two = train_other_model(folder / "two.model", **lossy, normalization_rule_name="nmt_nfkc")
     return [Tokenizer(one), Tokenizer(two)]

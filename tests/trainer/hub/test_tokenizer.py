@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data.settings import UserError
 from data.sources.storybook import story
 from data.tokenizer import Tokenizer, train
-from tests.data.test_tokenizer import NASTY, STORIES, TEXTS, model_of_others
+from tests.data.test_tokenizer import NASTY, STORIES, TEXTS, train_other_model
 from trainer.hub.tokenizer import convert, export_tokenizer
 
 pytest.importorskip("tokenizers", reason="the extra `hub` is not installed")
@@ -140,7 +140,7 @@ def test_ids_of_others(tmp_path):
     """bos is 0, and no pad: what stands at a place of its own must not be guessed."""
     ids = {"bos_id": 0, "eos_id": 3, "unk_id": 1, "pad_id": -1, "bos_piece": "<begin of>", "eos_piece": "[END]"}
     plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
-    other = Tokenizer(model_of_others(tmp_path / "m.model", **ids, **plain))
+    other = Tokenizer(train_other_model(tmp_path / "m.model", **ids, **plain))
     export_tokenizer(other, tmp_path, 10)
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (0, 3, 1, 3)
@@ -161,7 +161,7 @@ def test_models_like_llama_2(others, text):
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama2")
-    tokenizer = Tokenizer(model_of_others(folder / "m.model", **LLAMA2))
+    tokenizer = Tokenizer(train_other_model(folder / "m.model", **LLAMA2))
     export_tokenizer(tokenizer, folder, 10)
     return tokenizer, convert(tokenizer)
 
@@ -178,7 +178,7 @@ def test_models_without_bytes(lossy, text):
 def lossy(tmp_path_factory):
     path = tmp_path_factory.mktemp("lossy") / "m.model"
     more = dict(byte_fallback=False, vocab_size=60, add_dummy_prefix=False, remove_extra_whitespaces=False)
-    tokenizer = Tokenizer(model_of_others(path, **more))
+    tokenizer = Tokenizer(train_other_model(path, **more))
     return tokenizer, convert(tokenizer)
 
 
@@ -192,7 +192,7 @@ def lossy(tmp_path_factory):
     ],
 )
 def test_models_that_cannot_be_written_so_are_refused(tmp_path, more, why):
-    tokenizer = Tokenizer(model_of_others(tmp_path / "m.model", **{"remove_extra_whitespaces": False} | more))
+    tokenizer = Tokenizer(train_other_model(tmp_path / "m.model", **{"remove_extra_whitespaces": False} | more))
     with pytest.raises(UserError, match=rf"m\.model: cannot be written as tokenizer\.json, since {why}"):
         export_tokenizer(tokenizer, tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["m.model"]

@@ -33,12 +33,13 @@ def _bytes_of_characters() -> dict[str, int]:
 _BYTE_OF = _bytes_of_characters()
 
 
-def _characters_of(*these_bytes: int) -> str:
+def _characters_of(*encoded: int) -> str:
     """A class of a regular expression: the characters that these bytes were decoded to."""
-    return "[" + "".join(character for character, byte in _BYTE_OF.items() if byte in these_bytes) + "]"
+    return "[" + "".join(character for character, byte in _BYTE_OF.items() if byte in encoded) + "]"
 
 
 _CONTINUATION = _characters_of(*range(0x80, 0xC0))
+# The characters that one byte was decoded to; its number is the name
 _80, _82, _84, _9F = _characters_of(0x80), _characters_of(0x82), _characters_of(0x84), _characters_of(0x9F)
 # The third byte of – — ‘ ’ ‚ “ ” „ • … and of the zero-width space
 _PUNCTUATION = _characters_of(0x8B, 0x93, 0x94, 0x98, 0x99, 0x9A, 0x9C, 0x9D, 0x9E, 0xA2, 0xA6)

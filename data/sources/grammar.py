@@ -25,8 +25,8 @@ An alternative is a text that may contain:
     {place}        the value of the variable `place`: drawn from the rule `place` at its first mention in a story, and
                    the same value at all later mentions
     {hero.his}     another form of the same value (see below)
-    [Then]         with a capital letter: the same as [then], whose first letter is made a capital
-    {Hero.he}      in the same way: {hero.he} with a capital letter
+    [Then]         the same as [then], but the text starts with a capital letter
+    {Hero.he}      the same as {hero.he}, but with a capital letter
     \n             a newline
     *2             at its end: this alternative is twice as likely as one without a number
 
@@ -65,7 +65,7 @@ PLAIN = ""  # the form of a rule that has no name
 CAPITAL = "^"  # before a form: the same with a capital letter
 SENTENCE = ""  # the rule for any one sentence of the table
 
-BITS = 512  # of the number behind a story: a story uses 220 on average and 320 at most, so choices are fair to 2**-190
+BITS = 512  # of the number for a story, which uses about 220 and at most about 320: choices are fair to 2**-190
 FRACTION_MASK = (1 << BITS) - 1
 SENTENCE_GAP = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]"))[ \n](?!\[?[a-z])""")  # there is none in: "Yes!" said Tom.
 END_MARK = re.compile(r"""[.!?]"?\Z""")

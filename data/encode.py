@@ -1,7 +1,9 @@
-"""Stories -> tokens by all cores, in the order of the stories and in constant memory.
+"""Stories -> tokens on all cores, in the order of the stories and in constant memory.
 
-Each batch is encoded in a process of its own, which counts the stories that would not decode to themselves; a few
-batches are under way at a time. A corpus of few batches is encoded right here, sooner than processes start.
+`data.prepare` calls `encode` between reading a source and writing shards. Stories are grouped into batches. Each batch
+is encoded by one of several processes, which also checks that each story decodes to itself; only a few batches are in
+progress at a time. If there are only a few batches, they are encoded in the calling process, which is faster than
+starting others.
 """
 
 import contextlib
@@ -21,136 +23,153 @@ import numpy as np
 
 from data.settings import UserError
 from data.sources.base import Document
-from data.tokenizer import Tokenizer, Words
+from data.tokenizer import CachedEncoder, Tokenizer
 
-BATCH_BYTES = 1_000_000  # of text, about
-FEW = 8  # batches that are not worth a process
-AHEAD = 3  # batches under way for each process
+BATCH_CHARS = 1_000_000  # a batch ends with the story that reaches this number
+MAX_BATCHES_WITHOUT_PROCESSES = 8
+BATCHES_AHEAD_PER_PROCESS = 3
 
 
-class Encoded(NamedTuple):
+class EncodedStory(NamedTuple):
     """A story as tokens, without bos and eos."""
 
     split: str
-    ids: np.ndarray
+    ids: np.ndarray  # (tokens,) uint32
     text_bytes: int  # UTF-8
-    log_prob: float | None
-    missed: bool  # it does not decode to itself
+    log_prob: float | None  # nats, if the source knows it
+    roundtrip_failed: bool  # the tokens do not decode to the story
+
+
+class EncodedBatch(NamedTuple):
+    """A batch of stories as tokens: a few large arrays, which are cheap to send from process to process."""
+
+    ids: np.ndarray  # (tokens,) uint32, story after story
+    ends: np.ndarray  # (stories,) int64, where each story ends in `ids`
+    text_bytes: list[int]
+    roundtrip_failed: list[bool]
 
 
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, processes: int | None = None
-) -> Generator[Encoded, None, None]:
-    """Each document in its turn, by `processes` (as many as there are cores to use). Raises UserError."""
-    processes = processes or _cores()
-    rest = batches(documents)
-    first = deque(itertools.islice(rest, FEW + 1))
-    alone = processes == 1 or len(first) <= FEW
-    parts = itertools.chain(drained(first), rest)
-    yield from _here(parts, tokenizer) if alone else _by_processes(parts, tokenizer, processes)
+) -> Generator[EncodedStory, None, None]:
+    """The documents as tokens, in their order, encoded by `processes` processes (default: one per usable core).
 
-
-def _here(parts: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    words = Words(tokenizer)
-    for batch in parts:
-        yield from zipped(batch, _encode([document.text for document in batch], words))
-
-
-def _by_processes(parts: Iterable[list[Document]], tokenizer: Tokenizer, processes: int) -> Iterator[Encoded]:
-    """A thread for each process hands it a batch and waits for the tokens.
-
-    Each has a pipe of its own: where processes share one, as in ProcessPoolExecutor, one that is killed in the middle
-    of an answer leaves all waiting for the rest of it.
+    Raises UserError if a process is killed or a text is not valid Unicode.
     """
-    under_way: deque[tuple[list[Document], Future[Ids]]] = deque()
-    with contextlib.ExitStack() as stack:
-        idle = SimpleQueue[_Encoder]()
-        for _ in range(processes):
-            idle.put(stack.enter_context(_Encoder(tokenizer.path)))
+    processes = processes or usable_cores()
+    batches = group(documents)
+    first = deque(itertools.islice(batches, MAX_BATCHES_WITHOUT_PROCESSES + 1))
+    has_few_batches = len(first) <= MAX_BATCHES_WITHOUT_PROCESSES
+    batches = itertools.chain(pop_all(first), batches)
+    if processes == 1 or has_few_batches:
+        yield from _encode_without_processes(batches, tokenizer)
+    else:
+        yield from _encode_in_processes(batches, tokenizer, processes)
 
-        def work(texts: list[str]) -> Ids:
+
+def _encode_without_processes(batches: Iterable[list[Document]], tokenizer: Tokenizer) -> Iterator[EncodedStory]:
+    encoder = CachedEncoder(tokenizer)
+    for batch in batches:
+        yield from ungroup(batch, _encode_batch([document.text for document in batch], encoder))
+
+
+def _encode_in_processes(
+    batches: Iterable[list[Document]], tokenizer: Tokenizer, processes: int
+) -> Iterator[EncodedStory]:
+    """As many threads as processes: each sends a batch to an idle process and waits for the tokens.
+
+    Each process has a pipe of its own. If processes share one, as in ProcessPoolExecutor, and one of them is killed in
+    the middle of an answer, all others wait forever for the remaining bytes of it.
+    """
+    in_progress: deque[tuple[list[Document], Future[EncodedBatch]]] = deque()
+    with contextlib.ExitStack() as stack:
+        idle = SimpleQueue[_EncoderProcess]()
+        for _ in range(processes):
+            idle.put(stack.enter_context(_EncoderProcess(tokenizer.path)))
+
+        def encode_batch(texts: list[str]) -> EncodedBatch:
             encoder = idle.get()
             try:
-                return encoder(texts)
+                return encoder.encode(texts)
             finally:
                 idle.put(encoder)
 
-        pool = ThreadPoolExecutor(processes, "encode")
-        stack.callback(pool.shutdown, cancel_futures=True)
-        for batch in parts:
-            under_way.append((batch, pool.submit(work, [document.text for document in batch])))
-            if len(under_way) > AHEAD * processes:
-                yield from _done(*under_way.popleft())
-        while under_way:
-            yield from _done(*under_way.popleft())
+        threads = ThreadPoolExecutor(processes, "encode")
+        stack.callback(threads.shutdown, cancel_futures=True)
+        for batch in batches:
+            in_progress.append((batch, threads.submit(encode_batch, [document.text for document in batch])))
+            if len(in_progress) > BATCHES_AHEAD_PER_PROCESS * processes:
+                yield from _wait_for_first(in_progress)
+        while in_progress:
+            yield from _wait_for_first(in_progress)
 
 
-def _done(batch: list[Document], ids: "Future[Ids]") -> Iterator[Encoded]:
-    return zipped(batch, ids.result())
+def _wait_for_first(in_progress: "deque[tuple[list[Document], Future[EncodedBatch]]]") -> Iterator[EncodedStory]:
+    batch, encoded = in_progress.popleft()
+    return ungroup(batch, encoded.result())
 
 
-def drained(queue: deque[list[Document]]) -> Iterator[list[Document]]:
-    """What a queue holds, and let go."""
+def pop_all(queue: deque[list[Document]]) -> Iterator[list[Document]]:
+    """The items of a queue, each removed from it, so that its memory can be freed."""
     while queue:
         yield queue.popleft()
 
 
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents by the million bytes; a longer one is a batch of its own."""
+def group(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in batches of about BATCH_CHARS characters; a longer document ends its batch."""
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= BATCH_BYTES:
+        if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-class Ids(NamedTuple):
-    """A batch of stories as tokens: few and large arrays, which pass between processes at little cost."""
-
-    ids: np.ndarray  # uint32, story after story
-    ends: np.ndarray  # int64, where each ends
-    text_bytes: list[int]
-    missed: list[bool]
-
-
-def zipped(batch: list[Document], done: Ids) -> Iterator[Encoded]:
+def ungroup(batch: list[Document], encoded: EncodedBatch) -> Iterator[EncodedStory]:
+    """The stories of an encoded batch."""
     start = 0
-    for document, end, size, missed in zip(batch, done.ends.tolist(), done.text_bytes, done.missed, strict=True):
-        yield Encoded(document.split, done.ids[start:end], size, document.log_prob, missed)
+    columns = zip(batch, encoded.ends.tolist(), encoded.text_bytes, encoded.roundtrip_failed, strict=True)
+    for document, end, text_bytes, roundtrip_failed in columns:
+        yield EncodedStory(document.split, encoded.ids[start:end], text_bytes, document.log_prob, roundtrip_failed)
         start = end
 
 
-def _encode(texts: list[str], words: Words) -> Ids:
-    stories, came_back = zip(*map(words.encode, texts), strict=True)
+def _encode_batch(texts: list[str], encoder: CachedEncoder) -> EncodedBatch:
+    stories, failed = [], []
+    for text in texts:
+        story, is_lossless = encoder.encode(text)
+        stories.append(story)
+        failed.append(not is_lossless)
     ids = np.frombuffer(b"".join(stories), np.uint32)
     ends = np.cumsum([len(story) // ids.itemsize for story in stories])
-    return Ids(ids, ends, [len(text.encode()) for text in texts], [not back for back in came_back])
+    return EncodedBatch(ids, ends, [len(text.encode()) for text in texts], failed)
 
 
-class _Encoder:
-    """A process that encodes batches until its pipe ends, as it does with the one that started it."""
+class _EncoderProcess:
+    """A process that encodes batches until its pipe is closed, which also happens if the parent process ends."""
 
     def __init__(self, model: Path) -> None:
         context = get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self._process = context.Process(target=_work, args=(there, model), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_pipe, model), daemon=True)
         self._process.start()
-        there.close()
+        child_pipe.close()
 
-    def __call__(self, texts: list[str]) -> Ids:
-        """Raises UserError when the process is gone."""
+    def encode(self, texts: list[str]) -> EncodedBatch:
+        """Raises UserError if the process has ended."""
         try:
             self._pipe.send(texts)
-            answer: Ids = self._pipe.recv()
+            encoded: EncodedBatch = self._pipe.recv()
         except (EOFError, ConnectionError):
-            why = "a process that encodes was killed, maybe for want of memory; the same command goes on"
-            raise UserError(why) from None
-        return answer
+            raise UserError(
+                "a process that encodes stories was killed, possibly because memory ran out; "
+                "run the same command again to resume"
+            ) from None
+        return encoded
 
     def __enter__(self) -> Self:
         return self
@@ -160,14 +179,17 @@ class _Encoder:
         self._process.join()
 
 
-def _work(pipe: Connection, model: Path) -> None:
-    """What a process does; Ctrl-C it leaves to the one that started it."""
+def _serve(pipe: Connection, model: Path) -> None:
+    """The main function of a process. It ignores Ctrl-C, which the parent process handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    words = Words(Tokenizer(model))
+    encoder = CachedEncoder(Tokenizer(model))
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            pipe.send(_encode(pipe.recv(), words))
+            pipe.send(_encode_batch(pipe.recv(), encoder))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,10 +1,15 @@
 """Shards -> batches, by arithmetic alone: a batch is a pure function of (seed, step, rank, world).
 
-1. `rows` cuts a split into rows of S + 1 tokens: stories packed end to end, or one story a row.
-2. `Order` permutes the rows of each epoch; it keeps no state, so a run resumes by knowing its step.
-3. The global batch of a step is G rows in that order; rank r takes rows [r G // W, (r + 1) G // W) of it.
-4. Every rank cuts its rows into equally many micro-batches; filler rows, whose targets count nothing, even them out.
-5. Threads prepare coming steps while the model works on this one.
+The training loop takes the batches of each step from a `Loader`, which combines these parts:
+
+1. `Rows` cuts a split into rows of S + 1 tokens: stories concatenated, or one story per row.
+2. `Order` permutes the rows of each epoch. It has no state, so a run resumes by knowing its step.
+3. The global batch of a step is the next G rows in that order; rank r gets rows [r G // W, (r + 1) G // W) of it.
+4. `BatchLayout` cuts the rows of each rank into equally many micro-batches of equal size. Padding rows, whose targets
+   are all ignored, fill the last ones.
+5. Threads prepare the following steps while the model computes the current one.
+
+Letters: B rows of a micro-batch, S tokens per row, G rows of a global batch, W ranks.
 """
 
 from collections import deque
@@ -21,212 +26,233 @@ from data.settings import UserError
 from data.shards import Split
 from data.splitmix import mix64
 
-IGNORE = -100  # the target of a place that does not count
+IGNORE = -100  # the target at a position that does not count
 
 
 @dataclass
 class Batch:
-    """B rows of S tokens."""
+    """A micro-batch: B rows of S tokens."""
 
     tokens: Tensor  # (B, S) int64
-    targets: Tensor  # (B, S) int64, IGNORE where nothing counts: after the end of a story and in filler
-    index: Tensor  # (B,) int64: place in the global batch, the key of random numbers
-    positions: Tensor | None = None  # (B, S) int64 from the start of each story, with mask_documents only
-    documents: Tensor | None = None  # (B, S) int64: which story of the row
+    targets: Tensor  # (B, S) int64; IGNORE after the end of a story and in padding rows
+    index: Tensor  # (B,) int64: position in the global batch, from which random numbers are derived
+    positions: Tensor | None = None  # (B, S) int64, counted from the start of each story; only with mask_documents
+    documents: Tensor | None = None  # (B, S) int64: the number of the story in its row; only with mask_documents
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, without waiting for the copy."""
-        fields = (self.tokens, self.targets, self.index, self.positions, self.documents)
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in fields))  # type: ignore[arg-type]
+        """The batch on `device`, without waiting for the copy."""
+        positions, documents = self.positions, self.documents
+        return Batch(
+            self.tokens.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.index.to(device, non_blocking=True),
+            None if positions is None else positions.to(device, non_blocking=True),
+            None if documents is None else documents.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory, from which copies to a GPU are asynchronous."""
+        positions, documents = self.positions, self.documents
+        return Batch(
+            self.tokens.pin_memory(),
+            self.targets.pin_memory(),
+            self.index.pin_memory(),
+            None if positions is None else positions.pin_memory(),
+            None if documents is None else documents.pin_memory(),
+        )
 
 
 @dataclass
 class Step:
-    """One rank's share of an optimizer step."""
+    """The micro-batches of one rank in an optimizer step."""
 
     micro_batches: list[Batch]
     real_tokens: int  # targets that count in the *global* batch, over all ranks
 
 
 class Rows:
-    """The rows of a split; `pack` fills them with stories end to end, else each holds one, cut or padded."""
+    """The rows of a split: with `pack` they are filled with concatenated stories, else each holds one story."""
 
     def __init__(
         self, split: Split, seq_len: int, pack: bool, bos: int, pad: int, mask_documents: bool = False
     ) -> None:
         self.split, self.seq_len, self.pack = split, seq_len, pack
         self.bos, self.pad, self.mask_documents = bos, pad, mask_documents
-        per_shard = [max(0, (s.tokens - 1) // seq_len) if pack else s.documents for s in split.shards]
-        self._first = np.concatenate([[0], np.cumsum(per_shard, dtype=np.int64)])
+        if pack:
+            rows_per_shard = [max(0, (shard.tokens - 1) // seq_len) for shard in split.shards]
+        else:
+            rows_per_shard = [shard.documents for shard in split.shards]
+        self._first_rows = np.concatenate([[0], np.cumsum(rows_per_shard, dtype=np.int64)])  # of each shard
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._first_rows[-1])
 
-    def _find(self, row: int) -> tuple[int, int]:
-        """Global row -> (shard, row inside the shard)."""
-        shard = int(np.searchsorted(self._first, row, side="right")) - 1
-        return shard, int(row - self._first[shard])
+    def _locate(self, row: int) -> tuple[int, int]:
+        """Row of the split -> (shard, row inside the shard)."""
+        shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return shard, int(row - self._first_rows[shard])
 
     def read(self, row: int) -> np.ndarray:
-        """Tokens of a row: (S + 1,), or fewer where one story is shorter."""
-        number, inside = self._find(row)
+        """Tokens of a row: (S + 1,), or fewer if the row holds one story that is shorter."""
+        number, row_in_shard = self._locate(row)
         shard = self.split.shard(number)
-        start = inside * self.seq_len if self.pack else int(shard.starts[inside])
-        stop = start + self.seq_len + 1
-        return shard.tokens[start : stop if self.pack else min(stop, int(shard.starts[inside + 1]))]
+        if self.pack:
+            start = row_in_shard * self.seq_len
+            return shard.tokens[start : start + self.seq_len + 1]
+        start, end = int(shard.starts[row_in_shard]), int(shard.starts[row_in_shard + 1])
+        return shard.tokens[start : min(start + self.seq_len + 1, end)]
 
     def real_tokens(self, rows: np.ndarray) -> int:
-        """Targets that count in these rows: all but the bos of a next story."""
+        """The number of targets that count in these rows: all except the bos of a following story."""
         total = 0
         for row in rows.tolist():
-            number, inside = self._find(row)
+            number, row_in_shard = self._locate(row)
             starts = self.split.shard(number).starts
             if self.pack:
-                first = inside * self.seq_len + 1
-                new = np.searchsorted(starts, [first, first + self.seq_len])
-                total += self.seq_len - int(new[1] - new[0])
+                first_target = row_in_shard * self.seq_len + 1
+                first_bos, end_bos = np.searchsorted(starts, [first_target, first_target + self.seq_len])
+                total += self.seq_len - int(end_bos - first_bos)
             else:
-                total += min(int(starts[inside + 1] - starts[inside]) - 1, self.seq_len)
+                total += min(int(starts[row_in_shard + 1] - starts[row_in_shard]) - 1, self.seq_len)
         return total
 
     def batch(self, rows: list[int | None], index: list[int], trim: bool = False) -> Batch:
-        """The rows as a batch, None as filler; `trim` cuts the width to the longest row."""
-        read = [np.empty(0, np.int64) if row is None else self.read(row) for row in rows]
-        width = max((len(r) for r in read), default=0) if trim else self.seq_len + 1
+        """The rows as a batch; None is a padding row. `trim` cuts the width to the longest row."""
+        row_tokens = [np.empty(0, np.int64) if row is None else self.read(row) for row in rows]
+        width = max((len(r) for r in row_tokens), default=0) if trim else self.seq_len + 1
         tokens = np.full((len(rows), max(width, 2)), self.pad, np.int64)
         targets = np.full_like(tokens, IGNORE)
-        for i, row in enumerate(read):
-            tokens[i, : len(row)] = targets[i, : len(row)] = row
+        for i, row in enumerate(row_tokens):
+            tokens[i, : len(row)] = row
+            targets[i, : len(row)] = row
         targets[targets == self.bos] = IGNORE
-        x, y = tokens[:, :-1].copy(), targets[:, 1:].copy()
-        batch = Batch(torch.from_numpy(x), torch.from_numpy(y), torch.tensor(index, dtype=torch.int64))
+        inputs, targets = tokens[:, :-1].copy(), targets[:, 1:].copy()
+        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(index, dtype=torch.int64))
         if self.mask_documents:
-            documents = np.cumsum(x == self.bos, axis=1)
-            place = np.arange(x.shape[1])
-            begin = np.maximum.accumulate(np.where(x == self.bos, place, 0), axis=1)
-            batch.documents, batch.positions = torch.from_numpy(documents), torch.from_numpy(place - begin)
+            is_bos = inputs == self.bos
+            column = np.arange(inputs.shape[1])
+            story_start = np.maximum.accumulate(np.where(is_bos, column, 0), axis=1)
+            batch.documents = torch.from_numpy(np.cumsum(is_bos, axis=1))
+            batch.positions = torch.from_numpy(column - story_start)
         return batch
 
 
 class Order:
     """A permutation of 0..n-1 for each epoch: a keyed Feistel network with cycle walking.
 
-    Integer arithmetic of our own, since no library promises the same random stream across its versions.
+    It uses its own integer arithmetic, because no library promises the same random stream in all its versions.
     """
 
     ROUNDS = 6
 
     def __init__(self, seed: int, n: int) -> None:
         self.seed, self.n = seed, n
-        self.half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+        self.half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Positions in the endless sequence of epochs -> rows."""
         epoch, x = np.divmod(positions.astype(np.uint64), np.uint64(self.n))
         x = self._cipher(x, epoch)
-        while (out := x >= self.n).any():
-            x[out] = self._cipher(x[out], epoch[out])
+        while (outside := x >= self.n).any():
+            x[outside] = self._cipher(x[outside], epoch[outside])
         return x.astype(np.int64)
 
     def _cipher(self, x: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-        half, mask = np.uint64(self.half), np.uint64((1 << self.half) - 1)
-        left, right = x >> half, x & mask
+        half_bits, mask = np.uint64(self.half_bits), np.uint64((1 << self.half_bits) - 1)
+        left, right = x >> half_bits, x & mask
         for number in range(self.ROUNDS):
             key = mix64(epoch ^ mix64(np.full_like(epoch, (self.seed * self.ROUNDS + number) & (2**64 - 1))))
             left, right = right, left ^ (mix64(right ^ key) & mask)
-        return (left << half) | right
+        return (left << half_bits) | right
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch of G rows falls on W ranks."""
+    """How the G rows of a global batch are distributed over W ranks and their micro-batches."""
 
     global_batch_size: int
-    micro_batch_size: int  # at most; what is used is `rows`
+    micro_batch_size: int  # an upper limit; the size that is used is `rows`
     world: int = 1
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches a step, the same on every rank."""
-        return -(-self._most // self.micro_batch_size)
+        """Micro-batches per step, the same on every rank."""
+        return -(-self._max_rows_per_rank // self.micro_batch_size)
 
     @property
     def rows(self) -> int:
-        """Rows in each micro-batch, filler included."""
-        return -(-self._most // self.micro_batches)
+        """Rows per micro-batch, padding included."""
+        return -(-self._max_rows_per_rank // self.micro_batches)
 
     @property
-    def filler(self) -> int:
-        """Filler rows a step, over all ranks."""
+    def padding_rows(self) -> int:
+        """Padding rows per step, over all ranks."""
         return self.rows * self.micro_batches * self.world - self.global_batch_size
 
     @property
-    def _most(self) -> int:
+    def _max_rows_per_rank(self) -> int:
         return -(-self.global_batch_size // self.world)
 
-    def of(self, rank: int) -> list[list[int | None]]:
-        """Places in the global batch that `rank` takes, by micro-batch; None is filler."""
+    def indices(self, rank: int) -> list[list[int | None]]:
+        """For each micro-batch of `rank` the positions of its rows in the global batch; None is a padding row."""
         size, world = self.global_batch_size, self.world
-        mine: list[int | None] = list(range(rank * size // world, (rank + 1) * size // world))
-        mine += [None] * (self.rows * self.micro_batches - len(mine))
-        return [mine[i : i + self.rows] for i in range(0, len(mine), self.rows)]
+        rows: list[int | None] = list(range(rank * size // world, (rank + 1) * size // world))
+        rows += [None] * (self.rows * self.micro_batches - len(rows))
+        return [rows[i : i + self.rows] for i in range(0, len(rows), self.rows)]
 
 
 class Loader:
     """The steps of a run for one rank."""
 
     def __init__(
-        self, rows: Rows, share: BatchLayout, seed: int, rank: int = 0, workers: int = 1, pin: bool = False
+        self, rows: Rows, layout: BatchLayout, seed: int, rank: int = 0, workers: int = 1, pin: bool = False
     ) -> None:
-        """Raises UserError when the split holds less than one global batch."""
-        if len(rows) < share.global_batch_size:
+        """Raises UserError if the split holds less than one global batch."""
+        if len(rows) < layout.global_batch_size:
             raise UserError(
-                f"train.global_batch_size={share.global_batch_size}: the corpus holds {len(rows)} rows of "
-                f"data.seq_len={rows.seq_len}, less than one step; take a smaller batch or row, or more stories"
+                f"train.global_batch_size={layout.global_batch_size}: the corpus holds {len(rows)} rows of "
+                f"data.seq_len={rows.seq_len}, fewer than one step needs; use a smaller batch, shorter rows or more "
+                "stories"
             )
-        self.rows, self.share, self.rank = rows, share, rank
+        self.rows, self.layout, self.rank = rows, layout, rank
         self.order = Order(seed, len(rows))
         self.workers, self.pin = workers, pin
 
     def step(self, step: int) -> Step:
-        """This rank's part of `step` (from 0)."""
-        size = self.share.global_batch_size
-        chosen = self.order(np.arange(step * size, (step + 1) * size))
+        """The micro-batches of this rank in `step`, which is counted from 0."""
+        size = self.layout.global_batch_size
+        global_batch = self.order(np.arange(step * size, (step + 1) * size))
         batches = []
-        for places in self.share.of(self.rank):
-            rows = [None if p is None else int(chosen[p]) for p in places]
-            batches.append(self.rows.batch(rows, [size if p is None else p for p in places]))
-        if self.pin:
-            for batch in batches:
-                for name, value in vars(batch).items():
-                    setattr(batch, name, None if value is None else value.pin_memory())
-        return Step(batches, self.rows.real_tokens(chosen))
+        for indices in self.layout.indices(self.rank):
+            rows = [None if i is None else int(global_batch[i]) for i in indices]
+            batch = self.rows.batch(rows, [size if i is None else i for i in indices])
+            batches.append(batch.pin_memory() if self.pin else batch)
+        return Step(batches, self.rows.real_tokens(global_batch))
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
-        """Steps start..stop-1, prepared ahead by `workers` threads."""
+        """Steps start..stop-1, prepared in advance by `workers` threads."""
         if self.workers == 0:
             yield from map(self.step, range(start, stop))
             return
-        ahead: deque[Future[Step]] = deque()
+        in_progress: deque[Future[Step]] = deque()
         with ThreadPoolExecutor(self.workers, "loader") as pool:
             try:
-                for step in range(start, stop + self.workers + 1):
-                    if step < stop:
-                        ahead.append(pool.submit(self.step, step))
-                    if step > start + self.workers and ahead:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
+                for step in range(start, stop):
+                    in_progress.append(pool.submit(self.step, step))
+                    if len(in_progress) > self.workers + 1:
+                        yield in_progress.popleft().result()
+                while in_progress:
+                    yield in_progress.popleft().result()
             finally:
-                for future in ahead:
+                for future in in_progress:
                     future.cancel()
 
 
 def training_rows(split: Split, config: DataConfig, bos: int, pad: int) -> Rows:
-    """The rows that the `data` section asks for."""
+    """The rows that the `data` section describes."""
     return Rows(split, config.seq_len, config.pack, bos, pad, config.mask_documents)
 
 
 def story_rows(split: Split, seq_len: int, bos: int, pad: int) -> Rows:
-    """Whole stories one a row, as evaluation takes them."""
+    """One whole story per row, as evaluation needs them."""
     return Rows(split, seq_len, False, bos, pad)

@@ -1,8 +1,9 @@
-"""Settings: the strict reader of YAML files and `section.key=value` words.
+"""The strict reader of settings, in YAML files and in `section.key=value` arguments; every command starts with it.
 
-Every package describes its own section as a pydantic model; `read` puts file and words together and checks them.
-All values arrive as text and take the type of their key, so `6e-4` is a number and a run may be named `007`.
-What a user got wrong is a ConfigError: one line with the key, the value and the fix. Nothing here imports torch.
+Every package describes its own section as a pydantic model; `read` merges the file and the arguments and validates
+them. All values arrive as text and are converted to the type of their key, so `6e-4` is a number and a run may be named
+`007`. A mistake of the user raises a ConfigError: one line with the key, the value and the fix. Nothing here imports
+torch.
 """
 
 import argparse
@@ -20,101 +21,109 @@ SECTIONS = ("data", "model", "train", "parallel", "checkpoint", "eval", "sample"
 
 
 class UserError(Exception):
-    """A mistake of the user's: its text is the one line to print, the exit code is 2."""
+    """A mistake of the user: its text is the one line to print, and the exit code is 2."""
 
 
 class ConfigError(UserError):
-    """A setting that cannot be: names the key, the value and the fix."""
+    """An invalid setting: names the key, the value and the fix."""
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose complaints are the user's mistakes: raises UserError."""
+    """An argument parser that raises UserError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values never change after reading."""
+    """A section of the settings: unknown keys are refused, and values never change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
-class _Text(yaml.BaseLoader):
-    """YAML whose scalars stay text, but for null."""
+class _TextLoader(yaml.BaseLoader):
+    """Loads YAML with all scalars as text, except null."""
 
 
-_Text.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Text.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
 def load_file(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The sections of a YAML file as text. Raises ConfigError when it is missing or is no map of known sections."""
+    """The sections of a YAML file, with values as text.
+
+    Raises ConfigError if the file is missing, cannot be read, is not YAML, or is not a map of known sections.
+    """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Text)
+        content = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
     except FileNotFoundError:
-        beside = sorted(p.name for p in path.parent.glob("*.yaml"))
-        hint = f"that folder holds {', '.join(beside)}" if beside else "see launch/ for examples"
+        neighbors = sorted(p.name for p in path.parent.glob("*.yaml"))
+        hint = f"that folder holds {', '.join(neighbors)}" if neighbors else "see launch/ for examples"
         raise ConfigError(f"{path}: no such config file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1  # type: ignore[attr-defined]
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path}, line {line}: not YAML: {problem}") from None
+        raise ConfigError(f"{path}, line {line}: not valid YAML: {problem}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not a map of sections ({', '.join(SECTIONS)})")
+        raise ConfigError(f"{path}: should be a map of sections ({', '.join(SECTIONS)})")
     sections = {}
     for name, keys in content.items():
-        _known(str(name), SECTIONS, str(name), f"{path}: ")
+        if name not in SECTIONS:
+            raise ConfigError(f"{path}: {_unknown_key(str(name), str(name), SECTIONS)}")
         if keys is not None and not isinstance(keys, dict):
-            raise ConfigError(f"{path}: {name}: not a map of keys")
+            raise ConfigError(f"{path}: {name}: should be a map of keys and values")
         sections[name] = {str(key): value for key, value in (keys or {}).items()}
     return sections
 
 
-def parse_word(word: str) -> tuple[list[str], Any]:
-    """`section.key=value` -> (path of the key, value). Raises ConfigError on any other word."""
-    key, equals, text = word.partition("=")
+def parse_argument(argument: str) -> tuple[list[str], Any]:
+    """`section.key=value` -> (path of the key, value). Raises ConfigError for any other argument."""
+    key, equals, text = argument.partition("=")
     path = key.strip().split(".")
     if not equals or len(path) < 2 or not all(path):
-        raise ConfigError(f"{word}: not a setting; write section.key=value, such as train.steps=100")
-    _known(path[0], SECTIONS, key)
-    if text[:1] in "[{" and text:
+        raise ConfigError(f"{argument}: not a setting; write section.key=value, such as train.steps=100")
+    if path[0] not in SECTIONS:
+        raise ConfigError(_unknown_key(key, path[0], SECTIONS))
+    if text.startswith(("[", "{")):
         try:
-            return path, yaml.load(text, _Text)
+            return path, yaml.load(text, _TextLoader)
         except yaml.YAMLError:
-            raise ConfigError(f"{word}: the value is not YAML") from None
+            raise ConfigError(f"{argument}: the value is not valid YAML") from None
     return path, None if text in ("", "~", "null") else text
 
 
-def read(sections: Mapping[str, type[BaseModel]], path: str | Path | None, words: Sequence[str] = ()) -> dict[str, Any]:
-    """File, then words over it, checked against `sections`; sections of other packages are passed over.
+def read(
+    sections: Mapping[str, type[BaseModel]], path: str | Path | None, arguments: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The settings of the file, overridden by the arguments, as validated instances of `sections`.
 
-    Keys that a section names in `alternatives` exclude one another: the last one given wins over an earlier layer.
+    Sections that are not in `sections` belong to other packages and are ignored. Keys that a section names in
+    `alternatives` exclude one another: one that is given later removes those that were given before.
     Raises ConfigError.
     """
     raw = load_file(path) if path else {}
-    for word in words:
-        keys, value = parse_word(word)
-        at = raw.setdefault(keys[0], {})
-        rivals = getattr(sections.get(keys[0]), "alternatives", ())
-        if keys[1] in rivals:
-            for rival in rivals:
-                at.pop(rival, None)
+    for argument in arguments:
+        keys, value = parse_argument(argument)
+        values = raw.setdefault(keys[0], {})
+        alternatives = getattr(sections.get(keys[0]), "alternatives", ())
+        if keys[1] in alternatives:
+            for alternative in alternatives:
+                values.pop(alternative, None)
         for key in keys[1:-1]:
-            if not isinstance(at.get(key), dict):
-                at[key] = {}
-            at = at[key]
-        at[keys[-1]] = value
+            if not isinstance(values.get(key), dict):
+                values[key] = {}
+            values = values[key]
+        values[keys[-1]] = value
     return {name: check(section, name, raw.get(name, {})) for name, section in sections.items()}
 
 
 def check(section: type[BaseModel], name: str, values: Mapping[str, Any]) -> Any:
-    """`section` made of `values`. Raises ConfigError with one line on the first key that is wrong."""
+    """A `section` with these values. Raises ConfigError with one line about the first key that is wrong."""
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
@@ -122,61 +131,64 @@ def check(section: type[BaseModel], name: str, values: Mapping[str, Any]) -> Any
 
 
 def _one_line(section: type[BaseModel], name: str, values: Mapping[str, Any], error: ValidationError) -> str:
+    """The first problem of a ValidationError in one line: key, value and fix."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
+    keys = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         known: Mapping[str, Any] = section.model_fields
-        for part in where[:-1]:
-            inner = [a for a in typing.get_args(known[part].annotation) if hasattr(a, "model_fields")]
-            known = inner[0].model_fields if inner else {}
-        return _unknown(".".join([name, *where]), where[-1], list(known), ".".join([name, *where[:-1]]) + ".")
-    if not where:  # a check over several keys, which names them itself
-        return f"{name}.{_clean(first['msg'])}"
-    field = where[0]
-    same = [e for e in error.errors() if str(e["loc"][0]) == field]
-    wants = " or ".join(dict.fromkeys(_clean(e["msg"]) for e in same))
-    value = values.get(field)
-    return f"{name}.{field}={'null' if value is None else value}: {wants}"
+        for key in keys[:-1]:
+            nested = [a for a in typing.get_args(known[key].annotation) if hasattr(a, "model_fields")]
+            known = nested[0].model_fields if nested else {}
+        prefix = ".".join([name, *keys[:-1]]) + "."
+        return _unknown_key(prefix + keys[-1], keys[-1], list(known), prefix)
+    if not keys:  # a validator of the whole section, which names the keys itself
+        return f"{name}.{_simplify(first['msg'])}"
+    field = keys[0]
+    problems = [_simplify(e["msg"]) for e in error.errors() if str(e["loc"][0]) == field]
+    value = "null" if values.get(field) is None else values[field]
+    return f"{name}.{field}={value}: {' or '.join(dict.fromkeys(problems))}"
 
 
-def _clean(message: str) -> str:
+def _simplify(message: str) -> str:
+    """A message of pydantic in the words that we use."""
     message = message.removeprefix("Value error, ").replace("Input should be ", "should be ")
     message = re.sub(r"a valid (integer|number|boolean).*", r"a \1", message)
     return message.replace("a integer", "an integer").replace("a boolean", "true or false")
 
 
-def _unknown(full: str, key: str, known: Sequence[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"{full}: unknown key; " + (f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}")
-
-
-def _known(key: str, known: Sequence[str], full: str, where: str = "") -> None:
-    if key not in known:
-        raise ConfigError(where + _unknown(full, key, known, ""))
+def _unknown_key(full_key: str, key: str, known: Sequence[str], prefix: str = "") -> str:
+    """The message about an unknown key, with the nearest known one (after `prefix`) or all of them."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if nearest:
+        return f"{full_key}: unknown key; did you mean {prefix}{nearest[0]}?"
+    return f"{full_key}: unknown key; known: {', '.join(known)}"
 
 
 def dump(sections: Mapping[str, BaseModel]) -> str:
-    """The settings as YAML that `read` takes back unchanged."""
-    return yaml.safe_dump({k: v.model_dump() for k, v in sections.items()}, sort_keys=False, allow_unicode=True)
+    """The settings as YAML, from which `read` restores the same settings."""
+    content = {name: section.model_dump() for name, section in sections.items()}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def key_table(sections: Mapping[str, type[BaseModel]]) -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every key, for `--help` and the README."""
+    """(key, default, description) of every key, for `--help` and the README."""
     rows = []
     for name, section in sections.items():
         for key, field in section.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = {None: "null", True: "true", False: "false"}.get(default, default) if _plain(default) else default
-            rows.append((f"{name}.{key}", str(shown), field.description or ""))
+            rows.append((f"{name}.{key}", _as_typed(default), field.description or ""))
     return rows
 
 
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+def _as_typed(value: Any) -> str:
+    """A value as the user types it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def help_text(sections: Mapping[str, type[BaseModel]]) -> str:
     """`key_table` in columns for a terminal."""
-    rows = [(f"{key}={default}", meaning) for key, default, meaning in key_table(sections)]
+    rows = [(f"{key}={default}", description) for key, default, description in key_table(sections)]
     width = min(44, max(len(left) for left, _ in rows))
-    return "\n".join(f"  {left:<{width}}  {meaning}" for left, meaning in rows)
+    return "\n".join(f"  {left:<{width}}  {description}" for left, description in rows)

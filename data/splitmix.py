@@ -1,16 +1,17 @@
 """splitmix64, the generator of all random choices about data: the same numbers on every machine, in every version.
 
-No library promises a random stream that stays the same across its versions, so this one is written out here.
+The storybook and the order of rows draw from it. It is implemented here because no library promises that its random
+stream stays the same in all versions.
 """
 
 import numpy as np
 
-INCREMENT = 0x9E3779B97F4A7C15  # the golden ratio times 2^64
+INCREMENT = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 MASK = (1 << 64) - 1
 
 
 def mix64(state: np.ndarray) -> np.ndarray:
-    """The outputs of splitmix64 for states (uint64, any shape), each bit of which depends on every bit of the state.
+    """The output of splitmix64 for each state (uint64, any shape): every bit of it depends on every bit of the state.
 
     Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014, figure 16. Arithmetic is modulo 2^64.
     """

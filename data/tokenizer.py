@@ -1,11 +1,15 @@
-"""Text <-> tokens: trains and loads sentencepiece BPE models that lose nothing.
+"""Text <-> tokens: trains and loads lossless sentencepiece BPE models.
 
-1. `train` cuts stories into short pieces, samples them evenly, and lets sentencepiece merge. What the pieces leave
-   rare becomes bytes, so every text has an encoding and decodes to itself: no normalization, no blanks added or
-   dropped, newlines kept (they take part in merges: `."` and a blank line may be one token).
-2. `Tokenizer` encodes and decodes with a model of ours or of others. No text yields a control id, whatever it spells.
-3. `Words` encodes many texts several times as fast, and checks that they come back, where a model has no piece that
-   spans two words: ours.
+`data.prepare` uses it between reading stories and writing shards; generation uses it to turn tokens back into text.
+
+1. `train` splits stories into short parts, takes an even sample of them, and trains sentencepiece on it. Characters
+   that are too rare for a piece become bytes, so every text has an encoding and decodes to itself. There is no
+   normalization, no space is added or dropped, and newlines are kept (they take part in merges: `."` and an empty line
+   may be one token).
+2. `Tokenizer` encodes and decodes, with our models or with those of others. No text is encoded to a control id, even if
+   it spells one.
+3. `CachedEncoder` encodes many texts several times as fast as `Tokenizer` and checks that they decode to themselves. It
+   caches words, which needs a model without a piece that spans two words; our models are such.
 4. `StreamDecoder` turns ids into text one by one and never shows half a character.
 """
 
@@ -22,44 +26,47 @@ import numpy as np
 
 from data.settings import UserError
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3  # in the models we train
-SAMPLE_BYTES = 20_000_000  # of text that a training looks at, at most; takes about 5 times that in memory
+PAD, BOS, EOS, UNK = 0, 1, 2, 3  # in the models that we train
+MAX_SAMPLE_BYTES = 20_000_000  # of text to train on; training uses about 5 times as much memory
 
-BLANK_MARK = "\u2581"  # stands for a blank inside sentencepiece, which therefore decodes it to one
-UNTRAINABLE = "\0\u2581\u2585"  # a sentence with U+2585 is skipped in training, the others are taken for something else
-PIECE = re.compile(f"[^{UNTRAINABLE}]{{1,1000}}(?=[ {UNTRAINABLE}]|\\Z)|[^{UNTRAINABLE}]{{1,1000}}")
+SPACE_SYMBOL = "\u2581"  # replaces a space inside sentencepiece, which therefore decodes U+2581 to a space
+UNTRAINABLE = "\0\u2581\u2585"  # sentencepiece skips a sentence with U+2585 in training, and misreads the other two
+MAX_PART_CHARS = 1000  # at most 4,000 bytes: sentencepiece skips sentences of more than 4,192 bytes in training
+TEXT_PART = re.compile(
+    f"[^{UNTRAINABLE}]{{1,{MAX_PART_CHARS}}}(?=[ {UNTRAINABLE}]|\\Z)|[^{UNTRAINABLE}]{{1,{MAX_PART_CHARS}}}"
+)
 
 
-def pieces(text: str) -> list[str]:
-    """`text` in parts of at most 1,000 characters (4,000 bytes), cut before a blank where there is one.
+def split_text(text: str) -> list[str]:
+    """`text` in parts of at most MAX_PART_CHARS characters, each cut before a space if there is one.
 
-    Sentencepiece skips longer lines in training. Joined they are the text again, but for the UNTRAINABLE characters.
+    Joined, the parts are the text without the UNTRAINABLE characters.
     """
-    return PIECE.findall(text)
+    return TEXT_PART.findall(text)
 
 
-def sample(parts: Iterable[str], limit: int = SAMPLE_BYTES) -> list[str]:
-    """Every 2^k-th part, for the smallest k that keeps them within `limit` bytes: spread evenly, same every time."""
+def sample(parts: Iterable[str], max_bytes: int = MAX_SAMPLE_BYTES) -> list[str]:
+    """Every 2^k-th part, with the smallest k for which they have at most `max_bytes` bytes: even and deterministic."""
     kept: list[str] = []
     size, stride = 0, 1
     for number, part in enumerate(parts):
         if number % stride == 0:
             kept.append(part)
             size += len(part.encode())
-            while size > limit and len(kept) > 1:
+            while size > max_bytes and len(kept) > 1:
                 kept = kept[::2]
                 size, stride = sum(len(p.encode()) for p in kept), 2 * stride
     return kept
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Writes a model of exactly `vocab_size` pieces to `path`: same texts and size, same bytes.
+    """Writes a model of exactly `vocab_size` pieces to `path`. The same texts and size give the same bytes.
 
-    Raises UserError when there is no text, or when it cannot give that many pieces or so few.
+    Raises UserError if there is no text, or if `vocab_size` is too large or too small for the texts.
     """
     import sentencepiece
 
-    sentences = sample(part for text in texts for part in pieces(text))
+    sentences = sample(part for text in texts for part in split_text(text))
     if not any(part.strip("\r\n") for part in sentences):
         raise UserError("data.source: there is no text to train a tokenizer on")
     model = io.BytesIO()
@@ -79,47 +86,48 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             byte_fallback=True,
             split_digits=True,
             character_coverage=0.9999,
-            required_chars=BLANK_MARK,  # a blank made of bytes would come back as U+2581
-            num_threads=1,  # stands in the model, so it must not depend on the machine
+            required_chars=SPACE_SYMBOL,  # a space encoded as bytes would decode to U+2581
+            num_threads=1,  # is stored in the model, so it must not depend on the machine
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _explained(error, vocab_size) from None
+        raise _user_error(error, vocab_size) from None
     write_atomic(path, model.getvalue())
 
 
-def _explained(error: RuntimeError, vocab_size: int) -> Exception:
-    """What sentencepiece says about a vocabulary that cannot be, for the user."""
+def _user_error(error: RuntimeError, vocab_size: int) -> Exception:
+    """A UserError if sentencepiece rejected the size of the vocabulary; else the error itself."""
     setting = f"data.vocab_size={vocab_size}: the corpus"
-    if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
-        return UserError(f"{setting} yields at most {most[1]} pieces; use data.vocab_size={most[1]} or more text")
-    if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-        return UserError(f"{setting} needs {least[1]} for its characters alone; use data.vocab_size={least[1]} or more")
+    if largest := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+        return UserError(f"{setting} yields at most {largest[1]} pieces; use data.vocab_size={largest[1]} or more text")
+    if smallest := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        size = smallest[1]
+        return UserError(f"{setting} needs {size} pieces for its characters alone; use data.vocab_size={size} or more")
     return error
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """A file appears under its name only when it is whole and on disk."""
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    """Writes a file so that its name always refers to complete content: it is renamed once it is on disk."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    partial.replace(path)
 
 
 class Tokenizer:
     """A sentencepiece model: `vocab_size`, the ids `bos`, `eos`, `pad`, `unk`, and `hash`, sha256 of the file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises UserError when the file is missing, is no sentencepiece model, or has no bos or eos of its own."""
+        """Raises UserError if the file is no readable sentencepiece model, or if bos or eos has no separate id."""
         import sentencepiece
 
         self.path = Path(path)
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path}: no tokenizer can be read there ({error.strerror})") from None
+            raise UserError(f"{path}: the tokenizer cannot be read ({error.strerror})") from None
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.load_from_serialized_proto(model)
@@ -129,34 +137,40 @@ class Tokenizer:
         self.vocab_size: int = self._sp.vocab_size()
         self.bos, self.eos, self.unk = self._sp.bos_id(), self._sp.eos_id(), self._sp.unk_id()
         if min(self.bos, self.eos) < 0 or self.bos == self.eos:
-            lacks = "bos" if self.bos < 0 else "eos"
+            missing = "bos" if self.bos < 0 else "eos"
             raise UserError(
-                f"{path}: the model has no {lacks} of its own, and stories are stored between bos and eos; "
+                f"{path}: the model has no separate {missing} id, but stories are stored between bos and eos; "
                 "give a model that has both, or data.tokenizer=train"
             )
         self.pad: int = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos
-        spelled = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self._byte = {id: byte for byte, id in enumerate(spelled) if self._sp.is_byte(id)}
-        self._blank_mark = [spelled[byte] for byte in BLANK_MARK.encode()] if len(self._byte) == 256 else None
+        byte_ids = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte_of_id = {id: byte for byte, id in enumerate(byte_ids) if self._sp.is_byte(id)}
+        self._space_symbol_ids: list[int] | None = None  # of U+2581 in a text, as bytes
+        if len(self._byte_of_id) == 256:
+            self._space_symbol_ids = [byte_ids[byte] for byte in SPACE_SYMBOL.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without bos and eos. Raises UserError on text that is not Unicode (a lone surrogate)."""
+        """Ids of a text, without bos and eos. Raises UserError if it contains a lone surrogate (invalid Unicode)."""
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError("a text is not Unicode: it holds a lone surrogate, which has no UTF-8") from None
-        if BLANK_MARK not in text or not self._blank_mark:
+            message = "a text is not valid Unicode: it contains a lone surrogate, which cannot be encoded as UTF-8"
+            raise UserError(message) from None
+        if SPACE_SYMBOL not in text or not self._space_symbol_ids:
             return self._sp.encode(text)
-        first, *others = (self._sp.encode(part) for part in text.split(BLANK_MARK))
-        return first + [id for other in others for id in self._blank_mark + other]
+        first, *others = text.split(SPACE_SYMBOL)
+        ids = self._sp.encode(first)
+        for other in others:
+            ids += self._space_symbol_ids + self._sp.encode(other)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control ids give nothing, bytes that are no UTF-8 give U+FFFD each."""
+        """Text of the ids. Control ids decode to nothing, and each byte that is not valid UTF-8 to U+FFFD."""
         return self._sp.decode(list(ids))
 
     def byte(self, id: int) -> int | None:
-        """The byte that a byte piece stands for, None for all other ids."""
-        return self._byte.get(id)
+        """The byte that a byte piece represents; None for any other id."""
+        return self._byte_of_id.get(id)
 
     @functools.cached_property
     def _unk_text(self) -> str:
@@ -166,96 +180,104 @@ class Tokenizer:
         """The piece as the model spells it."""
         return self._sp.id_to_piece(id)
 
-    def inner(self, id: int) -> str:
-        """Text of an id that is no byte, after other text: some models drop a blank at the very start."""
+    def decode_next(self, id: int) -> str:
+        """Text of an id (not of a byte piece) that follows other text: some models drop a space at the very start."""
         return self.decode([self.unk, id])[len(self._unk_text) :]
 
 
-class Words:
-    """Encodes word by word and remembers: no piece has a blank but at its start, so no merge reaches across words.
+class CachedEncoder:
+    """Encodes texts word by word, with a cache of words, and checks that each text decodes to itself.
 
-    A word is decoded again when it is learnt. As long as each came back, so does any text made of them.
-    Models of others that do it otherwise, or treat blanks in a way of their own, are asked text by text.
+    In our models a space occurs only at the start of a piece, so no merge spans two words, and the ids of a text are
+    the ids of its words. A word is decoded when it enters the cache: as long as every word decodes to itself, every
+    text made of them does. Texts of other models, which lack this property, are encoded and decoded as a whole.
     """
 
-    MOST, LONGEST = 1 << 17, 64  # words remembered at a time, some 30 MB; characters of one
+    MAX_CACHED_WORDS = 1 << 17  # about 30 MB
+    MAX_WORD_CHARS = 64  # longer words are not cached
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._first: dict[str, bytes] = {}  # a word at the start of a text -> its ids as uint32
-        self._later: dict[str, bytes] = {}  # one that follows a blank
-        self._lossy = False  # some word did not come back
-        shown = (tokenizer.piece(id) for id in range(tokenizer.vocab_size))
-        probes = ["", " ", "a b", "  a   b ", "e\u0301 \u2167 \ufb01", "\n x\t\n", "A B\u3000C\xa0D", "The  end. "]
-        self.fits = all(BLANK_MARK not in piece[1:] for piece in shown) and all(
-            self._joined(probe) == _packed(tokenizer.encode(probe)) for probe in probes
-        )
+        self._first_words: dict[str, bytes] = {}  # a word at the start of a text -> its ids as uint32
+        self._next_words: dict[str, bytes] = {}  # a word that follows a space -> the ids of both
+        self._is_lossy = False  # some word did not decode to itself
+        self.is_word_based = self._check_word_based()
+
+    def _check_word_based(self) -> bool:
+        """Whether encoding word by word gives the ids of the whole text, by the model's pieces and some examples."""
+        pieces = (self.tokenizer.piece(id) for id in range(self.tokenizer.vocab_size))
+        if any(SPACE_SYMBOL in piece[1:] for piece in pieces):
+            return False
+        examples = ["", " ", "a b", "  a   b ", "e\u0301 \u2167 \ufb01", "\n x\t\n", "A B\u3000C\xa0D", "The  end. "]
+        return all(self._encode_words(text) == _as_bytes(self.tokenizer.encode(text)) for text in examples)
 
     def encode(self, text: str) -> tuple[bytes, bool]:
-        """The ids as `Tokenizer.encode` gives them, in uint32, and whether they decode to the text.
-
-        Raises UserError as it does.
-        """
-        if BLANK_MARK in text or not self.fits:
+        """The ids of `Tokenizer.encode` as uint32, and whether they decode to the text. Raises UserError as it does."""
+        if SPACE_SYMBOL in text or not self.is_word_based:
             ids = self.tokenizer.encode(text)
-            return _packed(ids), self.tokenizer.decode(ids) == text
-        joined = self._joined(text)
-        return joined, not self._lossy or self.tokenizer.decode(np.frombuffer(joined, np.uint32).tolist()) == text
+            return _as_bytes(ids), self.tokenizer.decode(ids) == text
+        encoded = self._encode_words(text)
+        if not self._is_lossy:
+            return encoded, True
+        return encoded, self.tokenizer.decode(np.frombuffer(encoded, np.uint32).tolist()) == text
 
-    def _joined(self, text: str) -> bytes:
+    def _encode_words(self, text: str) -> bytes:
         first, *words = text.split(" ")
-        try:
-            return b"".join([self._first[first], *map(self._later.__getitem__, words)])
+        try:  # the fast path: all words are in the cache
+            return b"".join([self._first_words[first], *map(self._next_words.__getitem__, words)])
         except KeyError:
-            start = self._first.get(first) or self._learn(self._first, first, first)
-            rest = [self._later.get(word) or self._learn(self._later, word, " " + word) for word in words]
-            return b"".join([start, *rest])
+            parts = [self._first_words.get(first) or self._encode_word(self._first_words, first, first)]
+            for word in words:
+                parts.append(self._next_words.get(word) or self._encode_word(self._next_words, word, " " + word))
+            return b"".join(parts)
 
-    def _learn(self, known: dict[str, bytes], word: str, text: str) -> bytes:
+    def _encode_word(self, cache: dict[str, bytes], word: str, text: str) -> bytes:
+        """The ids of `text`, which is `word` with or without a space before it; adds them to the cache."""
         ids = self.tokenizer.encode(text)
-        self._lossy = self._lossy or self.tokenizer.decode(ids) != text
-        packed = _packed(ids)
-        if len(word) <= self.LONGEST:
-            if len(known) >= self.MOST:
-                known.clear()
-            known[word] = packed
-        return packed
+        self._is_lossy = self._is_lossy or self.tokenizer.decode(ids) != text
+        encoded = _as_bytes(ids)
+        if len(word) <= self.MAX_WORD_CHARS:
+            if len(cache) >= self.MAX_CACHED_WORDS:
+                cache.clear()
+            cache[word] = encoded
+        return encoded
 
 
-def _packed(ids: list[int]) -> bytes:
+def _as_bytes(ids: list[int]) -> bytes:
     return np.array(ids, np.uint32).tobytes()
 
 
 def _replace_each(error: UnicodeError) -> tuple[str, int]:
-    """As sentencepiece does: one U+FFFD for each wrong byte (Python's own `replace` writes one for several)."""
+    """One U+FFFD for each invalid byte, as sentencepiece does (Python's own `replace` writes one for several)."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
 
 codecs.register_error("replace-each", _replace_each)
-Utf8 = codecs.getincrementaldecoder("utf-8")
+Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class StreamDecoder:
-    """Ids in, one by one; out comes the text that later ids cannot change. All of it joined is `decode` of all ids."""
+    """Decodes ids one by one. All texts that it returns, joined, are `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._utf8 = Utf8("replace-each")
-        self._start: list[int] | None = []  # ids that gave no text yet; None as soon as there is some
+        self._utf8 = Utf8Decoder("replace-each")
+        self._ids_at_start: list[int] | None = []  # ids without text so far; None once there is some text
 
     def add(self, id: int) -> str:
-        """The text that has become certain, often none while the bytes of a character come in."""
+        """The text that later ids can no longer change; often empty while the bytes of a character arrive."""
         byte = self._tokenizer.byte(id)
         if byte is not None:
-            self._start = None
+            self._ids_at_start = None
             return self._utf8.decode(bytes([byte]))
-        if self._start is None:
-            return self.flush() + self._tokenizer.inner(id)
-        text = self._tokenizer.decode([*self._start, id])
-        self._start = None if text else [*self._start, id]
+        if self._ids_at_start is None:
+            return self.flush() + self._tokenizer.decode_next(id)
+        ids = [*self._ids_at_start, id]
+        text = self._tokenizer.decode(ids)
+        self._ids_at_start = None if text else ids
         return text
 
     def flush(self) -> str:
-        """What was held back, U+FFFD for each byte of it, since the rest of that character never came."""
+        """U+FFFD for each byte of a character that remained incomplete."""
         return self._utf8.decode(b"", final=True)

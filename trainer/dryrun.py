@@ -23,7 +23,7 @@ def print_plan(config: Config) -> None:
     device = machine.choose_device(config.run.device, world)
     dtype = machine.choose_dtype(config.train.dtype, device, config.model.dim)
     d = degrees(config, world)
-    share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, world.size)
+    layout = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     if (Path(config.data.dir) / "manifest.json").exists():
         _, tokenizer, loader, steps = open_corpus(config, world, device)
         vocab_size, corpus = tokenizer.vocab_size, f"{len(loader.rows):,} rows in {config.data.dir}"
@@ -32,9 +32,9 @@ def print_plan(config: Config) -> None:
         steps = config.train.steps or 0
     total, active = config.model.parameter_counts(vocab_size)
     print(dump(config.sections()))
-    tokens = share.global_batch_size * config.data.seq_len
+    tokens = layout.global_batch_size * config.data.seq_len
     length = f"{steps:,} steps, {steps * tokens:,} tokens" if steps else "steps are known when the corpus is"
-    need, free = memory_needed(config, vocab_size, dtype, d, share), machine.free_memory(device)
+    need, free = memory_needed(config, vocab_size, dtype, d, layout), machine.free_memory(device)
     here = "" if free is None else f"; free here: {_gib(free)}" + ("" if device.type == "cuda" else " for all ranks")
     print(
         f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}"
@@ -55,8 +55,8 @@ def print_plan(config: Config) -> None:
     staged = f"; staged in {_gib(12 * total // world.size)} of memory a rank" if config.checkpoint.async_save else ""
     print(f"checkpoint  about {_gib(12 * total)} on disk, keep {config.checkpoint.keep}{staged}")
     print(
-        f"batch       {tokens:,} tokens: {share.micro_batches} micro-batches of {share.rows} rows a rank, "
-        f"{share.filler} filler rows a step"
+        f"batch       {tokens:,} tokens: {layout.micro_batches} micro-batches of {layout.rows} rows a rank, "
+        f"{layout.padding_rows} filler rows a step"
     )
     print(f"run         {length}; corpus: {corpus}; folder {config.run.folder}")
 

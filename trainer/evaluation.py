@@ -48,7 +48,7 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), attention_of_any_length():
-            for stories in BatchLayout(n_stories, size, world.size).of(world.rank):
+            for stories in BatchLayout(n_stories, size, world.size).indices(world.rank):
                 before_batch()
                 batch = rows.batch(list(stories), [0] * len(stories), trim=True).to(device)
                 output = model(batch.tokens, batch.targets)

@@ -53,7 +53,7 @@ class Plan:
     vocab_size: int
     c: int  # bytes of a number in the dtype of the products
     degrees: Degrees
-    share: BatchLayout
+    layout: BatchLayout
 
     @property
     def model(self) -> ModelConfig:
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return self.share.rows * self.config.data.seq_len
+        return self.layout.rows * self.config.data.seq_len
 
     @property
     def world(self) -> int:
@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def several(self) -> bool:
-        return self.share.micro_batches > 1
+        return self.layout.micro_batches > 1
 
     @property
     def sums_unsharded(self) -> bool:
@@ -164,9 +164,9 @@ class Plan:
         return self.dense + (self.all_experts if self.experts_inside else 0)
 
 
-def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, share: BatchLayout) -> Memory:
+def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, layout: BatchLayout) -> Memory:
     """What a rank needs at its peak in training."""
-    plan = Plan(config, vocab_size, dtype.itemsize, degrees, share)
+    plan = Plan(config, vocab_size, dtype.itemsize, degrees, layout)
     moments = (head_forward(plan), head_backward(plan), block_backward(plan), last_reduction(plan))
     return max(moments, key=lambda memory: memory.total)
 

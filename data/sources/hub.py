@@ -1,13 +1,15 @@
-"""The first step of the journey, where the stories lie on the Hugging Face hub: a data set -> one stream of documents.
+"""A source of stories in a data set of the Hugging Face hub.
 
-1. The name's revision (`main` without one) is resolved to a commit at once, so that a wrong name or no network shows
-   before anything else; the commit is the fingerprint.
-2. `datasets` downloads that commit and keeps it as Arrow files, which are mapped into memory. Streaming would take no
-   disk, but a corpus reads its source twice, for the tokenizer and for the tokens: this way the second pass needs no
-   network, and the order and the number of rows are those of a file.
-3. Rows are counted against what the data set says. Code of a data set is never run: from 4.0 on `datasets` cannot.
+1. The revision (`main` if none is given) is resolved to a commit first, so that a wrong name or a missing network is
+   reported before anything else. The commit is the fingerprint.
+2. `datasets` downloads that commit and stores it as Arrow files, which are mapped into memory. Streaming would need no
+   disk space, but a corpus reads its source twice, for the tokenizer and for the tokens: this way the second pass needs
+   no network, and the order and the number of rows are those of a file.
+3. The number of rows is compared with the number that the data set declares. Code of a data set is never run: from 4.0
+   on `datasets` cannot run any.
 
-Tokens and endpoints are the business of huggingface's own environment variables (HF_TOKEN, HF_ENDPOINT, HF_HOME).
+The token, the endpoint and the cache are set by the environment variables of Hugging Face (HF_TOKEN, HF_ENDPOINT,
+HF_HOME).
 """
 
 import errno
@@ -15,97 +17,109 @@ import logging.handlers
 import sys
 import threading
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
 from data.settings import UserError
-from data.sources.base import TRAIN, VALIDATION, Document, side
+from data.sources.base import TRAIN, VALIDATION, Document, split_of
 from data.sources.clean import SEPARATOR, Cleaner
-from data.sources.files import BATCH_ROWS, READABLE, Files, check_field, find, readable, rows_of
+from data.sources.files import (
+    BATCH_ROWS,
+    DOWNLOAD_AGAIN,
+    SUPPORTED_FILES,
+    FileSource,
+    check_field,
+    find_files,
+    is_story_file,
+    texts_of,
+)
 
 TINYSTORIES = "roneneldan/TinyStories"
-PATIENCE = 12.0  # seconds for the first answer; name servers and dead addresses have time limits of their own
-OTHERS = f"`storybook`, or a file, folder or glob ({READABLE}),"
+HUB_TIMEOUT_S = 12.0  # for the first answer, including name resolution and connecting, which have other time limits
+LOCAL_SOURCES = f"`storybook` or a file, folder or glob ({SUPPORTED_FILES}), which need no network"
 
 
-class Hub:
-    """The stories of a data set on the hub.
-
-    `total` and `position` count its rows, `empty` the blank ones passed over, `cleaner` what was repaired.
-    """
+class HubSource:
+    """The stories of a data set of the hub. `total` and `position` count rows."""
 
     unit = " stories"
 
     def __init__(self, config: DataConfig, name: str, config_name: str | None, revision: str | None) -> None:
-        """Raises UserError when there is no such data set, or nobody to ask."""
-        self.given = f"data.source={config.source}"
+        """Raises UserError if there is no such data set, or if the hub does not answer."""
+        self.setting = f"data.source={config.source}"
         self.name, self.config_name = TINYSTORIES if name == "tinystories" else name, config_name
         self.held_out, self.text_field, self.clean = config.held_out, config.text_field, config.clean
-        self.own_validation = config.validation == "auto"  # until it turns out to have none
-        self.beside = None  # validation stories in files
+        self.splits_to_read = [TRAIN, VALIDATION] if config.validation == "auto" else [TRAIN]
+        self.validation_files: FileSource | None = None
         if config.held_out is None:
-            find("data.validation", config.validation)
-            self.beside = Files(config.model_copy(update={"source": config.validation, "validation": "auto"}))
+            find_files("data.validation", config.validation)  # an error about the path names this setting
+            file_config = config.model_copy(update={"source": config.validation, "validation": "auto"})
+            self.validation_files = FileSource(file_config)
         self.commit = self._resolve(revision)
         self.position = self.empty = 0
         self.cleaner = Cleaner()
         self._splits: dict[str, Any] = {}
 
     def _resolve(self, revision: str | None) -> str:
-        """The commit that a revision means."""
+        """The commit of a revision."""
         from huggingface_hub import HfApi, errors
 
-        answer: list[Any] = []
+        answers: list[Any] = []
 
-        def ask() -> None:
+        def request() -> None:
             try:
-                answer.append(HfApi().dataset_info(self.name, revision=revision, timeout=PATIENCE).sha)
+                answers.append(HfApi().dataset_info(self.name, revision=revision, timeout=HUB_TIMEOUT_S).sha)
             except Exception as error:
-                answer.append(error)
+                answers.append(error)
 
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(PATIENCE)
-        result = answer[0] if answer else TimeoutError(f"no answer in {PATIENCE:.0f} s")
-        if isinstance(result, str):
-            return result
-        match result:
+        thread = threading.Thread(target=request, daemon=True)
+        thread.start()
+        thread.join(HUB_TIMEOUT_S)
+        answer = answers[0] if answers else TimeoutError(f"no answer in {HUB_TIMEOUT_S:.0f} s")
+        if isinstance(answer, str):
+            return answer
+        match answer:
             case errors.GatedRepoError():
-                why = f"its owner grants access one by one; ask at the hub's page of {self.name} and set HF_TOKEN"
+                problem = (
+                    f"its owner grants access on request; request it on the page of {self.name} on the hub, "
+                    "and set HF_TOKEN"
+                )
             case errors.RepositoryNotFoundError() | errors.HFValidationError():
-                why = (
+                problem = (
                     f"no such file or folder, and no data set {self.name} on the hub that you may read "
-                    f"(a private one wants HF_TOKEN); {OTHERS} works without"
+                    f"(a private one needs HF_TOKEN); or give {LOCAL_SOURCES}"
                 )
             case errors.RevisionNotFoundError():
-                why = f"the data set has no revision {revision}; give a branch, tag or commit, or leave the @ away"
+                problem = f"the data set has no revision {revision}; give a branch, tag or commit, or omit the @"
             case errors.OfflineModeIsEnabled():
-                why = f"HF_HUB_OFFLINE is set; unset it, or give {OTHERS} which works without"
+                problem = f"HF_HUB_OFFLINE is set; unset it, or give {LOCAL_SOURCES}"
             case _:
-                why = (
-                    f"the hub gives no answer ({type(result).__name__}: {_line(result)}); "
-                    f"try again with a network, or give {OTHERS} which works without"
+                problem = (
+                    f"the hub did not answer ({type(answer).__name__}: {_first_line(answer)}); "
+                    f"check the network and try again, or give {LOCAL_SOURCES}"
                 )
-        raise UserError(f"{self.given}: {why}")
+        raise UserError(f"{self.setting}: {problem}")
 
     def fingerprint(self) -> dict[str, str]:
-        """The commit, and the files of a validation path."""
-        beside = self.beside.fingerprint() if self.beside else {}
-        return {self.name: f"commit {self.commit}"} | {f"validation {name}": is_ for name, is_ in beside.items()}
+        """The commit, and the validation files if there are any."""
+        fingerprint = {self.name: f"commit {self.commit}"}
+        if self.validation_files:
+            for name, content in self.validation_files.fingerprint().items():
+                fingerprint[f"validation {name}"] = content
+        return fingerprint
 
     @property
     def total(self) -> int:
         return sum(split.num_rows for split in self._load().values())
 
     def training_texts(self) -> Iterator[str]:
-        """What to train a tokenizer on."""
+        """The texts of the training split."""
         return (document.text for document in self if document.split == TRAIN)
 
     def __iter__(self) -> Iterator[Document]:
-        """Raises UserError when there is no text in a row, or not as many rows as the data set says."""
+        """All documents. Raises UserError if a row has no text, or if the number of rows is not the declared one."""
         splits = self._load()
         self.position = self.empty = 0
         self.cleaner = Cleaner()
@@ -115,41 +129,46 @@ class Hub:
                 if not text.strip():
                     self.empty += 1
                 elif VALIDATION in splits or self.held_out is None:
-                    yield Document(name, text, None)
+                    yield Document(name, text)
                 else:
-                    yield Document(side(text, self.held_out), text, None)
-        if self.beside:
-            for document in self.beside:
+                    yield Document(split_of(text, self.held_out), text)
+        if self.validation_files:
+            for document in self.validation_files:
                 yield document._replace(split=VALIDATION)
-            self.empty += self.beside.empty
-            self.cleaner.add(self.beside.cleaner)
+            self.empty += self.validation_files.empty
+            self.cleaner.add(self.validation_files.cleaner)
 
     def _rows(self, name: str, split: Any) -> Iterator[str]:
-        seen, where = 0, f"{self.name}, {name}"
+        """The texts of a split."""
+        where = f"{self.name}, {name}"
+        rows = 0
         for table in split.iter(BATCH_ROWS):
-            for text in rows_of(where, seen, table, self.text_field):
+            for text in texts_of(where, rows + 1, table, self.text_field):
                 if text == SEPARATOR:
                     raise UserError(
-                        f"{where}: a row is nothing but {SEPARATOR}, so rows are lines and no stories; "
+                        f"{where}: a row contains only {SEPARATOR}, so rows are lines, not stories; "
                         "download the file and give its path"
                     )
                 self.position += 1
                 yield text
-            seen += table.num_rows
-        if seen != (said := split.info.splits[name].num_examples):
-            raise UserError(f"{where}: {seen} rows came where the data set says {said}; {self._again()}")
+            rows += table.num_rows
+        declared = split.info.splits[name].num_examples
+        if rows != declared:
+            raise UserError(f"{where}: read {rows} rows, but the data set declares {declared}; {self._retry()}")
 
     def _load(self) -> dict[str, Any]:
-        """The splits to read, downloaded where they are not yet."""
+        """The splits to read. Downloads them on the first call, unless they are in the cache."""
         if not self._splits:
-            found = self._download()
-            wanted = [TRAIN, VALIDATION] if self.own_validation else [TRAIN]
-            if TRAIN not in found:
-                raise UserError(f"{self.given}: the data set has no split train, but {', '.join(found)}")
-            for name in wanted:
-                if name in found:
-                    check_field(f"{self.name}, {name}", self.text_field, found[name].features.arrow_schema)
-                    self._splits[name] = found[name].select_columns([self.text_field]).with_format("arrow")
+            available = self._download()
+            if TRAIN not in available:
+                raise UserError(
+                    f"{self.setting}: the data set has no split {TRAIN}, only {', '.join(available)}; "
+                    "give another data set, or download its files and give their path"
+                )
+            for name in self.splits_to_read:
+                if name in available:
+                    check_field(f"{self.name}, {name}", self.text_field, available[name].features.arrow_schema)
+                    self._splits[name] = available[name].select_columns([self.text_field]).with_format("arrow")
         return self._splits
 
     def _download(self) -> Any:
@@ -157,66 +176,80 @@ class Hub:
         import datasets
         from datasets.exceptions import NonMatchingSplitsSizesError
 
-        told = logging.handlers.MemoryHandler(100, logging.CRITICAL + 1)  # names a file, which the error does not
-        logging.getLogger("datasets").handlers = logging.getLogger("huggingface_hub").handlers = [told]
+        # The client's log names the damaged file, its exceptions do not. A level that never occurs: keep all records.
+        log = logging.handlers.MemoryHandler(100, logging.CRITICAL + 1)
+        for logger in ("datasets", "huggingface_hub"):
+            logging.getLogger(logger).handlers = [log]
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         try:
             builder = datasets.load_dataset_builder(self.name, self.config_name, revision=self.commit)
         except Exception as error:
-            if isinstance(error, ValueError) and "config" in str(error).lower():  # its second line lists them
-                why = " ".join(str(error).splitlines()[:2])
-                raise UserError(f"{self.given}: {why}; write {self.name}:CONFIG") from None
-            raise UserError(f"{self.given}: {_line(error)}; give another data set, or files") from None
-        if builder.hash != self.commit:  # without an answer it takes what the cache holds
+            if isinstance(error, ValueError) and "config" in str(error).lower():  # its second line lists the configs
+                problem = " ".join(str(error).splitlines()[:2])
+                raise UserError(f"{self.setting}: {problem}; write {self.name}:CONFIG") from None
+            raise UserError(f"{self.setting}: {_first_line(error)}; give another data set, or files") from None
+        if builder.hash != self.commit:  # if the hub does not answer, the client uses another commit from the cache
             raise UserError(
-                f"{self.given}: commit {self.commit} is not at hand, and the hub gives no answer; try again"
+                f"{self.setting}: commit {self.commit} is not in the cache, and the hub did not answer; try again"
             )
-        said = ", ".join(f"{name}: {split.num_examples}" for name, split in (builder.info.splits or {}).items())
+        declared = ", ".join(f"{name}: {split.num_examples}" for name, split in (builder.info.splits or {}).items())
         try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a full disk, which we report
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # about a full disk: reported below
                 builder.download_and_prepare()
             return builder.as_dataset()
         except NonMatchingSplitsSizesError:
-            raise UserError(f"{self.given}: not as many rows came as it says ({said}); {self._again()}") from None
+            raise UserError(
+                f"{self.setting}: the number of rows differs from the declared number ({declared}); {self._retry()}"
+            ) from None
         except Exception as error:
-            errors = [record.getMessage() for record in told.buffer if record.levelno >= logging.ERROR]
-            why = (errors or [_line(_root(error))])[-1].partition("\n")[0].rstrip(".")
-            match getattr(_root(error), "errno", None):
-                case None:
-                    why = self._damage(builder.config.data_files) or why
-                case errno.ENOSPC | errno.EDQUOT:
-                    room = f"{datasets.config.HF_CACHE_HOME} is full; make room there, or set HF_HOME to a larger disk"
-                    raise UserError(f"{self.given}: {room}") from None
-            raise UserError(f"{self.given}: {why}; {self._again()}") from None
+            cause = _root_cause(error)
+            error_number = getattr(cause, "errno", None)
+            if error_number in (errno.ENOSPC, errno.EDQUOT):
+                cache = datasets.config.HF_CACHE_HOME
+                raise UserError(
+                    f"{self.setting}: {cache} is full; free some space there, or set HF_HOME to a larger disk"
+                ) from None
+            logged = [record.getMessage() for record in log.buffer if record.levelno >= logging.ERROR]
+            problem = logged[-1] if logged else _first_line(cause)
+            problem = problem.partition("\n")[0].rstrip(".")
+            if error_number is None:
+                problem = self._find_damage(builder.config.data_files) or problem
+            raise UserError(f"{self.setting}: {problem}; {self._retry()}") from None
 
-    def _damage(self, data_files: dict[str, list[str]]) -> str | None:
-        """The first file that our own readers cannot read, and why: the client names no file that will not unpack."""
+    def _find_damage(self, data_files: dict[str, list[str]]) -> str | None:
+        """The first downloaded file that FileSource cannot read, and the problem.
+
+        The errors of the client do not name a file that cannot be decompressed.
+        """
         from huggingface_hub import try_to_load_from_cache
 
         names = [url.partition(f"@{self.commit}/")[2] for files in data_files.values() for url in files]
         paths = [try_to_load_from_cache(self.name, n, revision=self.commit, repo_type="dataset") for n in names]
         if not all(isinstance(path, str) for path in paths):
-            return None  # it ended before all were here
+            return None  # it failed before all files were downloaded
         for name, path in zip(names, map(str, paths), strict=True):
+            if not is_story_file(Path(name)):
+                continue
             try:
-                if readable(Path(name)):
-                    deque(Files(DataConfig(source=path, text_field=self.text_field)), 0)
+                for _ in FileSource(DataConfig(source=path, text_field=self.text_field)):
+                    pass
             except UserError as error:
-                return str(error).replace(path, name).removesuffix("; fetch it anew")
+                return str(error).replace(path, name).removesuffix(f"; {DOWNLOAD_AGAIN}")
         return None
 
-    def _again(self) -> str:
+    def _retry(self) -> str:
+        """What to do about a failed download."""
         import datasets
 
-        return f"try again; if it stays, delete what is left of it in {datasets.config.HF_CACHE_HOME}"
+        return f"try again; if that does not help, delete its files in {datasets.config.HF_CACHE_HOME}"
 
 
-def _root(error: BaseException) -> BaseException:
-    while inner := error.__cause__:
-        error = inner
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__:
+        error = error.__cause__
     return error
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().partition("\n")[0]

@@ -1,9 +1,9 @@
-"""The built-in corpus: stories from a grammar, with the exact probability of every story.
+"""A source of generated stories from a built-in grammar, with the exact probability of every story.
 
-`story(seed, index)` is page `index` of an endless, repeatable book. Each story has exactly one derivation in the
-grammar below, so `log_prob` is exact, and the mean of -log_prob is the loss that no model can beat: the floor under
-every learning curve. grammar.py explains the notation of the table. `Storybook` is the source that
-`data.source=storybook` names.
+`story(seed, index)` is story `index` of an endless, reproducible sequence. Each story has exactly one derivation in the
+grammar below, so `log_prob` is exact, and the mean of -log_prob is the cross-entropy that no model can go below: the
+floor of every learning curve. grammar.py explains the notation of the table. `StorybookSource` is the source that
+`data.source=storybook` selects.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.config import DataConfig
-from data.sources.base import TRAIN, VALIDATION, Document, side
+from data.sources.base import TRAIN, VALIDATION, Document, split_of
 from data.sources.clean import Cleaner
 from data.sources.grammar import BITS, END_MARK, SENTENCE_GAP, Grammar
 from data.splitmix import INCREMENT, MASK, mix64
@@ -265,18 +265,18 @@ sang: sang | ran | danced | jumped | hopped | hummed | spun | dug
 
 
 def story(seed: int, index: int) -> str:
-    """Page `index` of the book `seed` (both modulo 2**64): the same on every machine and in every version of Python."""
+    """Story `index` of the sequence `seed` (both modulo 2**64), the same on every machine and Python version."""
     return STORYBOOK.sample(_number(seed, index))[0]
 
 
 def log_prob(text: str) -> float:
-    """The natural logarithm (nats) of the probability that a story is `text` and ends there.
+    """The natural logarithm of the probability that a story is exactly `text`.
 
-    Raises ValueError where the grammar has no such story.
+    Raises ValueError if the grammar has no such story.
     """
-    ways, probability = STORYBOOK.parse(text)
-    if not ways:
-        raise ValueError(f"no story of the storybook: {text[:60]!r}")
+    count, probability = STORYBOOK.parse(text)
+    if not count:
+        raise ValueError(f"not a story of the storybook: {text[:60]!r}")
     return math.log(probability)
 
 
@@ -286,16 +286,18 @@ def derivations(text: str) -> int:
 
 
 def derivable_sentences(text: str) -> tuple[int, int]:
-    """How many of the sentences of any text some story could contain, and how many there are in all.
+    """How many of the sentences of any text could be in some story, and how many there are in total.
 
-    Names and things must agree within a sentence, not across. What follows the last end mark is no sentence yet.
+    Names and things must agree within a sentence, not across sentences. Text after the last end mark is not counted,
+    because that sentence is not complete.
     """
     sentences = [sentence for sentence in SENTENCE_GAP.split(text) if END_MARK.search(sentence)]
-    return sum(STORYBOOK.parse(sentence, STORYBOOK.sentence)[0] > 0 for sentence in sentences), len(sentences)
+    derivable = [sentence for sentence in sentences if STORYBOOK.parse(sentence, STORYBOOK.sentence)[0] > 0]
+    return len(derivable), len(sentences)
 
 
 def _number(seed: int, index: int) -> int:
-    """A number below 2**BITS for (seed, index): BITS / 64 outputs of splitmix64."""
+    """A random number below 2**BITS for (seed, index), from BITS / 64 outputs of splitmix64."""
 
     def mix(words: np.ndarray) -> np.ndarray:
         return mix64(words * np.uint64(INCREMENT))
@@ -305,34 +307,35 @@ def _number(seed: int, index: int) -> int:
     return int.from_bytes(words.astype("<u8").tobytes(), "little")
 
 
-class Storybook:
-    """Stories 0 to data.stories - 1 of the built-in grammar, with their log-probability in the validation split.
+class StorybookSource:
+    """Stories 0 to data.stories - 1 of the built-in grammar; those of the validation split have their log-probability.
 
-    `total` and `position` count stories, `empty` is 0.
+    `total` and `position` count stories.
     """
 
     unit = " stories"
 
     def __init__(self, config: DataConfig) -> None:
-        assert config.held_out is not None  # the config sees to it
+        assert config.held_out is not None  # DataConfig ensures it
         self.total, self.held_out = config.stories, config.held_out
         self.position = self.empty = 0
-        self.cleaner = Cleaner()  # nothing to do
+        self.cleaner = Cleaner()  # unused: there is nothing to repair
 
     def fingerprint(self) -> dict[str, str]:
-        """Its hash changes with the grammar: it is taken over a hundred stories."""
-        some = "\0".join(story(STORYBOOK_SEED, index) for index in range(100))
-        digest = hashlib.sha256(some.encode()).hexdigest()
+        """The number of stories, and a hash of the first hundred, which changes with the grammar."""
+        first_stories = "\0".join(story(STORYBOOK_SEED, index) for index in range(100))
+        digest = hashlib.sha256(first_stories.encode()).hexdigest()
         return {"storybook": f"{self.total} stories, seed {STORYBOOK_SEED}, sha256 {digest}"}
 
     def training_texts(self) -> Iterator[str]:
-        """What to train a tokenizer on: a part is as good as all, since stories are drawn alike."""
+        """The training stories among the first 10,000, which represent all, since all come from one distribution."""
         texts = (story(STORYBOOK_SEED, index) for index in range(min(self.total, 10_000)))
-        return (text for text in texts if side(text, self.held_out) == TRAIN)
+        return (text for text in texts if split_of(text, self.held_out) == TRAIN)
 
     def __iter__(self) -> Iterator[Document]:
+        """All stories."""
         for index in range(self.total):
             text = story(STORYBOOK_SEED, index)
-            split = side(text, self.held_out)
+            split = split_of(text, self.held_out)
             self.position = index + 1
             yield Document(split, text, log_prob(text) if split == VALIDATION else None)

@@ -139,7 +139,7 @@ def encoding(repeats: int) -> list[Figure]:
     Of made-up English, or of the file of stories (.jsonl, .txt, .parquet) that the environment's STORIES names.
     """
     from data.config import DataConfig
-    from data.encode import _cores, encode
+    from data.encode import encode, usable_cores
     from data.shards import Writer
     from data.sources.base import TRAIN, Document
     from data.sources.open import open_source
@@ -161,8 +161,8 @@ def encoding(repeats: int) -> list[Figure]:
 
         def to_shards() -> None:
             with Writer(Path(folder), TRAIN, tokenizer, 50_000_000) as writer:
-                for story in encode(documents * times_over, tokenizer, _cores()):
-                    writer.add(story.ids, story.text_bytes, story.log_prob, story.missed)
+                for story in encode(documents * times_over, tokenizer, usable_cores()):
+                    writer.add(story.ids, story.text_bytes, story.log_prob, story.roundtrip_failed)
             assert writer.info.text_bytes == size * times_over and not writer.info.misses
 
         cases: dict[str, Callable[[], object]] = {"one": one, "all": to_shards}
@@ -176,7 +176,7 @@ def encoding(repeats: int) -> list[Figure]:
     what = f"encoding {named}, vocabulary 8,192, checked"
     figures = [figure(f"{what}, one process", rate, plain, "speed over sentencepiece unchecked", "3 MB/s", unit="MB/s")]
     if peer is not None:
-        what += f", {_cores()} processes, {size * times_over / 1e6:.0f} MB"
+        what += f", {usable_cores()} processes, {size * times_over / 1e6:.0f} MB"
         figures.append(figure(what, times["all"], times["peer"], "speed over datasets.map, fast tokenizer", "2", True))
     return figures
 
@@ -189,7 +189,7 @@ def datasets_map(texts: list[str], times_over: int, folder: str) -> Callable[[],
         return None
     import datasets
 
-    from data.encode import _cores
+    from data.encode import usable_cores
 
     datasets.disable_progress_bars()
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
@@ -199,7 +199,8 @@ def datasets_map(texts: list[str], times_over: int, folder: str) -> Callable[[],
     datasets.Dataset.from_dict({"text": texts * times_over}).save_to_disk(f"{folder}/texts")
     table = datasets.load_from_disk(f"{folder}/texts")
     encode = partial(encode_fast, fast.to_str())
-    return lambda: table.map(encode, batched=True, num_proc=_cores(), load_from_cache_file=False, remove_columns="text")
+    cores = usable_cores()
+    return lambda: table.map(encode, batched=True, num_proc=cores, load_from_cache_file=False, remove_columns="text")
 
 
 def encode_fast(model: str, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:

@@ -32,14 +32,16 @@ def test_orders_differ_by_seed_and_epoch():
 
 @settings(max_examples=100, deadline=None)
 @given(size=st.integers(1, 70), micro=st.integers(1, 20), world=st.integers(1, 9))
-def test_any_world_takes_any_global_batch(size, micro, world):
-    share = BatchLayout(size, micro, world)
-    ranks = [share.of(r) for r in range(world)]
-    assert [p for rank in ranks for batch in rank for p in batch if p is not None] == list(range(size))
-    assert {len(rank) for rank in ranks} == {share.micro_batches}
-    assert {len(batch) for rank in ranks for batch in rank} == {share.rows} and share.rows <= micro
-    assert sum(p is None for rank in ranks for batch in rank for p in batch) == share.filler
-    assert share.filler < world * share.micro_batches + world  # no more than rounding needs
+def test_any_global_batch_is_split_over_any_world(size, micro, world):
+    layout = BatchLayout(size, micro, world)
+    ranks = [layout.indices(rank) for rank in range(world)]
+    batches = [batch for rank in ranks for batch in rank]
+    indices = [index for batch in batches for index in batch]
+    assert [index for index in indices if index is not None] == list(range(size))
+    assert {len(rank) for rank in ranks} == {layout.micro_batches}
+    assert {len(batch) for batch in batches} == {layout.rows} and layout.rows <= micro
+    assert indices.count(None) == layout.padding_rows
+    assert layout.padding_rows < world * layout.micro_batches + world  # no more than rounding needs
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +66,16 @@ def loader(split, size=12, micro=5, rank=0, world=1, seq_len=32, pack=True, **ke
 
 
 def global_batch(split, step, world, micro, **keys):
-    """Tokens and targets of all ranks in the order of the global batch, filler left out; real tokens."""
-    parts = [loader(split, rank=r, world=world, micro=micro, **keys).step(step) for r in range(world)]
-    batches = [b for part in parts for b in part.micro_batches]
-    index = torch.cat([b.index for b in batches])
-    real = index < 12
-    assert index[real].tolist() == list(range(12))
-    assert all((b.targets[b.index == 12] == IGNORE).all() for b in batches)
-    tokens, targets = (torch.cat([getattr(b, name) for b in batches])[real] for name in ("tokens", "targets"))
-    assert {part.real_tokens for part in parts} == {int((targets != IGNORE).sum())}
+    """Tokens and targets of all ranks in the order of the global batch, without padding rows."""
+    steps = [loader(split, rank=rank, world=world, micro=micro, **keys).step(step) for rank in range(world)]
+    batches = [batch for rank_step in steps for batch in rank_step.micro_batches]
+    index = torch.cat([batch.index for batch in batches])
+    is_real = index < 12
+    assert index[is_real].tolist() == list(range(12))
+    assert all((batch.targets[batch.index == 12] == IGNORE).all() for batch in batches)
+    tokens = torch.cat([batch.tokens for batch in batches])[is_real]
+    targets = torch.cat([batch.targets for batch in batches])[is_real]
+    assert {rank_step.real_tokens for rank_step in steps} == {int((targets != IGNORE).sum())}
     return tokens, targets
 
 
@@ -80,12 +83,12 @@ def global_batch(split, step, world, micro, **keys):
 @pytest.mark.parametrize("world, micro", [(1, 5), (2, 1), (3, 2), (5, 12), (12, 3)])
 def test_the_global_batch_is_the_same_at_any_world(split, pack, world, micro):
     for step in (0, 7, 1000):
-        want = global_batch(split, step, 1, 12, pack=pack)
-        got = global_batch(split, step, world, micro, pack=pack)
-        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        expected = global_batch(split, step, 1, 12, pack=pack)
+        found = global_batch(split, step, world, micro, pack=pack)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_packed_rows_are_the_stories_end_to_end(split):
+def test_packed_rows_are_the_concatenated_stories(split):
     rows = Rows(split, 32, True, BOS, PAD)
     shard = split.shard(0)
     for row in (0, 1, 5):
@@ -99,23 +102,23 @@ def test_packed_rows_are_the_stories_end_to_end(split):
 
 
 def test_an_epoch_trains_on_each_target_once(split, stories):
-    """Over an epoch of packed rows every token after bos is a target once, but for the ends of the shards."""
+    """Over an epoch of packed rows every token after bos is a target once, except at the ends of shards."""
     rows = Rows(split, 32, True, BOS, PAD)
-    real = rows.real_tokens(np.arange(len(rows)))
-    targets = sum(len(s) - 1 for s in stories)
-    assert targets - 32 * len(split.shards) <= real <= targets
+    real_tokens = rows.real_tokens(np.arange(len(rows)))
+    targets = sum(len(story) - 1 for story in stories)
+    assert targets - 32 * len(split.shards) <= real_tokens <= targets
 
 
-def test_one_story_a_row(split, stories):
-    seq_len = sorted(len(s) for s in stories)[len(stories) // 2]  # half of them are cut, half padded
+def test_without_packing_each_row_is_one_story(split, stories):
+    seq_len = sorted(len(s) for s in stories)[len(stories) // 2]  # half of them are truncated, half padded
     rows = Rows(split, seq_len, False, BOS, PAD)
     assert len(rows) == len(stories)
     batch = rows.batch([0, 1, None, len(stories) - 1], [0, 1, 9, 2])
     for i, story in ((0, stories[0]), (1, stories[1]), (3, stories[-1])):
-        cut = story[: seq_len + 1]
-        assert batch.tokens[i, : len(cut) - 1].tolist() == cut[:-1]
-        assert batch.targets[i, : len(cut) - 1].tolist() == cut[1:]
-        assert (batch.targets[i, len(cut) - 1 :] == IGNORE).all()
+        row = story[: seq_len + 1]
+        assert batch.tokens[i, : len(row) - 1].tolist() == row[:-1]
+        assert batch.targets[i, : len(row) - 1].tolist() == row[1:]
+        assert (batch.targets[i, len(row) - 1 :] == IGNORE).all()
     assert (batch.targets[2] == IGNORE).all()
     assert rows.batch([0], [0], trim=True).tokens.shape[1] == min(seq_len, len(stories[0]) - 1)
 
@@ -133,13 +136,13 @@ def test_documents_and_positions_restart_at_each_story(split):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_threads_do_not_change_the_steps(split, workers):
-    one = loader(split, workers=workers)
-    got = list(one.steps(4, 11))
-    assert len(got) == 7
-    for number, step in enumerate(got, start=4):
-        want = one.step(number)
-        assert step.real_tokens == want.real_tokens
-        for a, b in zip(step.micro_batches, want.micro_batches, strict=True):
+    threaded = loader(split, workers=workers)
+    steps = list(threaded.steps(4, 11))
+    assert len(steps) == 7
+    for number, step in enumerate(steps, start=4):
+        expected = threaded.step(number)
+        assert step.real_tokens == expected.real_tokens
+        for a, b in zip(step.micro_batches, expected.micro_batches, strict=True):
             assert torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets)
 
 
@@ -149,7 +152,7 @@ def test_a_corpus_too_small_for_a_step_is_refused(split):
         loader(split, size=rows + 1)
 
 
-def test_offsets_beyond_4_gib(tmp_path):
+def test_rows_beyond_4_gib_are_read(tmp_path):
     """Rows of a sparse shard of 2^31 tokens and more; nothing in the arithmetic is 32-bit."""
 
     class Shard:

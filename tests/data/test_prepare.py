@@ -13,11 +13,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import sentencepiece
+from filelock import FileLock
 
-from data.prepare import main
+from data.encode import _EncoderProcess, encode
+from data.prepare import main, skip_finished
 from data.settings import UserError
 from data.shards import Corpus
-from data.sources.base import side
+from data.sources.base import Document, split_of
 from data.tokenizer import Tokenizer, train
 
 NAMES = ("Tom", "Lily", "Ann", "Bo", "Max", "Mia")
@@ -28,26 +30,27 @@ STORIES = [
     for thing in ("dog", "cat", "hat", "car", "pond")
     for mood in ("glad", "sad")
 ]
-ODD = ["<s> </s> <unk> <pad> <0x41>", "\u2581 \u2585\0", " two  blanks ", "tab\tCRLF\r\n🎉 漢字", "x" * 20_000]
-GOES_ON = "the same command goes on after the last finished shard"
+UNUSUAL = ["<s> </s> <unk> <pad> <0x41>", "\u2581 \u2585\0", " two  spaces ", "tab\tCRLF\r\n🎉 漢字", "x" * 20_000]
+RESUME = "run the same command again to resume after the last finished shard"
+WAITING = "data.dir=corpus: waiting for another data.prepare that is writing here"
 COMMAND = [sys.executable, "-m", "data.prepare"]
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with stories, where relative paths start."""
+def folder_with_stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder of each test is a new one with a file of stories."""
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     monkeypatch.chdir(tmp_path)
-    Path("s.txt").write_bytes("\n<|endoftext|>\n".join([*STORIES, *ODD]).encode())
+    Path("s.txt").write_bytes("\n<|endoftext|>\n".join([*STORIES, *UNUSUAL]).encode())
 
 
-def words(**changes: object) -> list[str]:
+def arguments(**changes: object) -> list[str]:
     settings = {"source": "s.txt", "validation": "0.2", "vocab_size": 300, "dir": "corpus"} | changes
     return [f"data.{key}={value}" for key, value in settings.items()]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """The one line that a command which cannot be gives."""
+    """Runs a command that is refused; returns its one line of output."""
     capsys.readouterr()
     assert main(argv) == 2
     out, err = capsys.readouterr()
@@ -65,11 +68,11 @@ def stories_in(folder: str, name: str) -> list[str]:
     return texts
 
 
-def test_every_story_is_stored_as_it_is(capsys):
-    assert main(words()) == 0
+def test_every_story_is_stored_unchanged(capsys):
+    assert main(arguments()) == 0
     train_stories, validation = stories_in("corpus", "train"), stories_in("corpus", "validation")
-    assert train_stories == [s for s in [*STORIES, *ODD] if side(s, 0.2) == "train"]
-    assert validation == [s for s in [*STORIES, *ODD] if side(s, 0.2) == "validation"]
+    assert train_stories == [s for s in [*STORIES, *UNUSUAL] if split_of(s, 0.2) == "train"]
+    assert validation == [s for s in [*STORIES, *UNUSUAL] if split_of(s, 0.2) == "validation"]
     manifest = Corpus.open("corpus").manifest
     assert manifest.vocab_size == 300
     for split, texts in (("train", train_stories), ("validation", validation)):
@@ -81,72 +84,76 @@ def test_every_story_is_stored_as_it_is(capsys):
     tokens = sum(split.tokens for split in manifest.splits.values())
     text_bytes = sum(split.text_bytes for split in manifest.splits.values())
     assert summary.startswith(f"corpus: {len(train_stories)} + {len(validation)} stories, {tokens:,} tokens, ")
-    assert f"{text_bytes / tokens:.2f} bytes a token, 0 stories not decoded to themselves; " in summary
+    assert f"{text_bytes / tokens:.2f} bytes per token, 0 stories do not decode to themselves; " in summary
     assert summary.endswith(" MB/s")
-    assert following == f"next: torchrun --nproc_per_node=1 -m trainer.main {' '.join(words())}"
+    assert following == f"next: torchrun --nproc_per_node=1 -m trainer.main {' '.join(arguments())}"
     assert err.splitlines()[-1] == "encoding: done" and len(err.splitlines()) <= 10
 
 
-def test_a_finished_corpus_is_left_as_it_is(capsys):
-    assert main(words()) == 0
+def test_a_finished_corpus_is_never_changed(capsys):
+    assert main(arguments()) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("corpus").iterdir()}
     capsys.readouterr()
-    assert main([*words(), "data.seq_len=9", "data.pack=false", "train.steps=20"]) == 0
-    assert capsys.readouterr() == (f"ready: corpus holds the {len(STORIES) + len(ODD)} stories already\n", "")
+    assert main([*arguments(), "data.seq_len=9", "data.pack=false", "train.steps=20"]) == 0
+    assert capsys.readouterr() == (f"ready: corpus already holds {len(STORIES) + len(UNUSUAL)} stories\n", "")
     assert {path: path.stat().st_mtime_ns for path in Path("corpus").iterdir()} == before
 
 
 def test_the_same_stories_give_the_same_corpus():
-    assert main(words(dir="one")) == main(words(dir="two")) == 0
+    assert main(arguments(dir="one")) == main(arguments(dir="two")) == 0
     one, two = ({p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("one", "two"))
     assert one == two and {"manifest.json", "tokenizer.model", "train-00000.shard"} < set(one)
 
 
 def test_other_settings_are_refused(capsys):
-    assert main(words()) == 0
+    assert main(arguments()) == 0
     before = {path.name: path.read_bytes() for path in Path("corpus").iterdir()}
-    said = refusal(capsys, words(vocab_size=301))
-    assert "data.dir=corpus: " in said and "(data.vocab_size 300 -> 301); give another data.dir, or delete" in said
-    assert "data.validation 0.2 -> 0.3" in refusal(capsys, words(validation=0.3))
-    assert "data.source s.txt -> storybook; data.stories None -> 40000" in refusal(capsys, words(source="storybook"))
+    error = refusal(capsys, arguments(vocab_size=301))
+    assert "data.dir=corpus: " in error and "(data.vocab_size 300 -> 301); give another data.dir, or delete" in error
+    assert "data.validation 0.2 -> 0.3" in refusal(capsys, arguments(validation=0.3))
+    assert "data.source s.txt -> storybook; data.stories None -> 40000" in refusal(
+        capsys, arguments(source="storybook")
+    )
     assert {path.name: path.read_bytes() for path in Path("corpus").iterdir()} == before
 
 
 def test_a_changed_source_is_refused(capsys):
-    assert main(words()) == 0
+    assert main(arguments()) == 0
     with open("s.txt", "a") as file:
         file.write("\n<|endoftext|>\nOne more.")
-    said = refusal(capsys, words())
-    assert "data.dir=corpus: " in said and "(s.txt: " in said and "give another data.dir" in said
+    error = refusal(capsys, arguments())
+    assert "data.dir=corpus: " in error and "(s.txt: " in error and "give another data.dir" in error
 
 
-def test_stories_may_be_deleted_once_they_are_tokens(capsys):
-    assert main(words()) == 0
+def test_stories_may_be_deleted_after_preparing(capsys):
+    assert main(arguments()) == 0
     Path("s.txt").unlink()
     capsys.readouterr()
-    assert main(words()) == 0
+    assert main(arguments()) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("ready: ") and err.startswith("data.source=s.txt: not there any more")
+    assert out.startswith("ready: ") and err.startswith(
+        "data.source=s.txt: not available; using the finished corpus in corpus"
+    )
 
 
-def test_a_damaged_corpus_is_not_ready(capsys):
-    assert main(words()) == 0
+def test_a_damaged_corpus_is_refused(capsys):
+    assert main(arguments()) == 0
     os.truncate("corpus/train-00000.shard", 500)
-    assert refusal(capsys, words()).startswith("corpus/train-00000.shard: cut off: 500 bytes")
+    assert refusal(capsys, arguments()).startswith("corpus/train-00000.shard: truncated: 500 bytes")
 
 
-def test_an_unfinished_corpus_is_made_anew(capsys):
-    assert main(words(shard_tokens=100)) == 0
+def test_an_unfinished_corpus_without_progress_starts_over(capsys):
+    assert main(arguments(shard_tokens=100)) == 0
     whole = {path.name: path.read_bytes() for path in Path("corpus").iterdir()}
     Path("corpus/manifest.json").unlink()
     Path("corpus/train-00001.shard").rename("corpus/train-00001.shard.partial")
     Path("corpus/train-09999.shard").write_bytes(b"old")
     Path("corpus/notes.md").write_text("mine")
-    assert main(words(shard_tokens=100)) == 0
+    assert main(arguments(shard_tokens=100)) == 0
     assert {path.name: path.read_bytes() for path in Path("corpus").iterdir()} == whole | {"notes.md": b"mine"}
 
 
-def test_a_config_file_and_words(capsys):
+def test_arguments_override_the_config_file(capsys):
     Path("c.yaml").write_text("data: {source: s.txt, validation: 0.2, vocab_size: 290, dir: corpus}\ntrain: {}\n")
     argv = ["data.vocab_size=280", "--config", "c.yaml", "model.dim=64", "data.vocab_size=299"]
     assert main(argv) == 0
@@ -154,27 +161,30 @@ def test_a_config_file_and_words(capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"-m trainer.main {' '.join(argv)}")
 
 
-def test_mistakes_are_one_line(capsys):
+def test_each_mistake_gives_one_line(capsys):
     assert refusal(capsys, ["data.vocabsize=3"]).endswith("did you mean data.vocab_size?")
     assert refusal(capsys, ["--config", "no.yaml"]).startswith("no.yaml: no such config file")
     assert refusal(capsys, ["steps"]).startswith("steps: not a setting")
     assert "--help" in refusal(capsys, ["--konfig"])
-    assert refusal(capsys, words(source="none.txt")).startswith("data.source=none.txt: no such file or folder")
+    assert refusal(capsys, arguments(source="none.txt")).startswith("data.source=none.txt: no such file or folder")
     assert not Path("corpus").exists()
-    assert refusal(capsys, words(tokenizer="none.model")).startswith("none.model: no tokenizer can be read there")
-    assert " at most " in refusal(capsys, words(vocab_size=5000))
+    assert refusal(capsys, arguments(tokenizer="none.model")).startswith("none.model: the tokenizer cannot be read")
+    assert " at most " in refusal(capsys, arguments(vocab_size=5000))
     Path("s.txt").write_bytes(b"caf\xe9")
-    assert refusal(capsys, words()).startswith("s.txt, line 1: not UTF-8")
+    assert refusal(capsys, arguments()).startswith("s.txt, line 1: not UTF-8")
     Path("file").touch()
-    assert refusal(capsys, words(dir="file/corpus")).startswith("file")
+    assert refusal(capsys, arguments(dir="file/corpus")).startswith("file")
 
 
 def test_a_split_without_stories_is_refused(capsys):
     Path("s.txt").write_text("\n<|endoftext|>\n".join(STORIES[:9]))
-    said = refusal(capsys, words(validation=1e-9, vocab_size=280))
-    assert said.startswith("data.validation=1e-09: leaves no story for validation, of 9 in data.source=s.txt; give")
+    error = refusal(capsys, arguments(validation=1e-9, vocab_size=280))
+    assert error.startswith(
+        "data.validation=1e-09: none of the 9 stories of data.source=s.txt is in the validation split"
+    )
     assert not Path("corpus/manifest.json").exists()
-    assert "no story for train" in refusal(capsys, words(validation=0.999999, tokenizer=model(STORIES), dir="other"))
+    error = refusal(capsys, arguments(validation=0.999999, tokenizer=model(STORIES), dir="other"))
+    assert "is in the train split" in error
 
 
 def model(texts: list[str], name: str = "given.model", vocab_size: int = 290) -> str:
@@ -184,37 +194,37 @@ def model(texts: list[str], name: str = "given.model", vocab_size: int = 290) ->
 
 def test_a_given_tokenizer_is_copied(capsys):
     given = model(STORIES)
-    assert main(words(tokenizer=given)) == 0
+    assert main(arguments(tokenizer=given)) == 0
     corpus = Corpus.open("corpus")
     assert corpus.tokenizer().hash == Tokenizer(given).hash and corpus.manifest.vocab_size == 290
     assert "vocab_size" not in corpus.manifest.settings
-    assert main(words(tokenizer=given, vocab_size=9999)) == 0  # says nothing about a given model
+    assert main(arguments(tokenizer=given, vocab_size=9999)) == 0  # does not concern a given model
     model(STORIES, vocab_size=295)
-    assert "data.tokenizer=given.model: the file changed" in refusal(capsys, words(tokenizer=given))
+    assert "data.tokenizer=given.model: the file changed" in refusal(capsys, arguments(tokenizer=given))
 
 
-def test_the_tokenizer_of_the_folder_itself(capsys):
+def test_a_tokenizer_in_the_corpus_folder_may_be_given(capsys):
     Path("corpus").mkdir()
     given = model(STORIES, "corpus/tokenizer.model")
-    assert main(words(tokenizer=given)) == 0
+    assert main(arguments(tokenizer=given)) == 0
     assert Corpus.open("corpus").manifest.vocab_size == 290
 
 
-def test_misses_are_counted(capsys):
-    """A model without bytes cannot carry characters that it never saw."""
+def test_stories_that_do_not_decode_to_themselves_are_counted(capsys):
+    """A model without byte pieces cannot encode characters that it was not trained on."""
     with open("bytes.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(STORIES), model_writer=file, model_type="bpe", vocab_size=60, minloglevel=2
         )
     Path("s.txt").write_text("\n<|endoftext|>\n".join([*STORIES, *["Tom saw 漢."] * 3, "Zoë"]))
-    assert main(words(tokenizer="bytes.model")) == 0
+    assert main(arguments(tokenizer="bytes.model")) == 0
     splits = Corpus.open("corpus").manifest.splits
-    newline = len(STORIES)  # by default such a model turns newlines into blanks
-    assert sum(split.misses for split in splits.values()) == newline + 4
-    assert f" {newline + 4} stories not decoded to themselves" in capsys.readouterr().out
+    failures = len(STORIES) + 4  # by default such a model turns newlines into spaces
+    assert sum(split.misses for split in splits.values()) == failures
+    assert f" {failures} stories do not decode to themselves" in capsys.readouterr().out
 
 
-def test_the_storybook_from_nothing(capsys):
+def test_the_storybook_is_stored_with_its_probabilities(capsys):
     argv = ["data.stories=300", "data.dir=book", "data.validation=0.1"]
     assert main(argv) == 0
     corpus = Corpus.open("book")
@@ -232,45 +242,48 @@ def test_help_lists_every_key():
         assert key in shown
 
 
-def test_data_needs_no_torch():
+def test_preparing_needs_no_torch():
     code = "import sys, data.prepare, data.shards, data.sources.open, data.tokenizer; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_interrupted_run_says_so_and_can_be_repeated():
-    argv = words(source="storybook", stories=1_000_000, tokenizer=model(STORIES))
+def test_ctrl_c_ends_with_one_line_and_can_be_repeated():
+    argv = arguments(source="storybook", stories=1_000_000, tokenizer=model(STORIES))
     pipe = subprocess.PIPE  # a shell's background jobs ignore Ctrl-C, and so would what they start
-    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen([*COMMAND, *argv], stdout=pipe, stderr=pipe, text=True, preexec_fn=hears) as process:
+    allow_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*COMMAND, *argv], stdout=pipe, stderr=pipe, text=True, preexec_fn=allow_ctrl_c) as process:
         while not list(Path("corpus").glob("train-*.partial")) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=200)
     assert process.returncode == 130 and out == ""
-    assert [line for line in err.splitlines() if line][-1] == f"interrupted; {GOES_ON}"
+    assert [line for line in err.splitlines() if line][-1] == f"interrupted; {RESUME}"
     assert "Traceback" not in err
     with pytest.raises(UserError, match="unfinished"):
         Corpus.open("corpus")
-    assert main(words()) == 0
+    assert main(arguments()) == 0
     Corpus.open("corpus").verify()
 
 
-def test_a_full_disk_is_one_line():
-    """A limit on the size of files stands for the disk: writes fail alike, with another number."""
+def test_a_full_disk_gives_one_line():
+    """A limit on the size of files replaces a full disk: writes fail in the same way, with another error number."""
     code = (
         "import resource, sys; from data.prepare import main; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    limited = subprocess.run([sys.executable, "-c", code, *words()], capture_output=True, text=True)
+    limited = subprocess.run([sys.executable, "-c", code, *arguments()], capture_output=True, text=True)
     assert limited.returncode == 2 and limited.stdout == ""
-    assert limited.stderr.splitlines()[-1] == f"data.dir=corpus: {os.strerror(errno.EFBIG)}; make room: {GOES_ON}"
+    assert (
+        limited.stderr.splitlines()[-1]
+        == f"data.dir=corpus: {os.strerror(errno.EFBIG)}; free some space, then {RESUME}"
+    )
     assert "Traceback" not in limited.stderr
 
 
-def test_finished_shards_stay_on_a_full_disk():
-    """A disk of 400 kB; with more room the same command goes on."""
+def test_a_run_resumes_after_a_full_disk():
+    """A disk of 400 kB. After it has been enlarged, the same command resumes."""
     write_long(8)
-    argv = words(source="long.txt", tokenizer=model(STORIES), shard_tokens=40_000)
+    argv = arguments(source="long.txt", tokenizer=model(STORIES), shard_tokens=40_000)
     assert main(argv) == 0
     Path("small").mkdir()
     script = (
@@ -283,24 +296,46 @@ def test_finished_shards_stay_on_a_full_disk():
     try:
         run = subprocess.run([*command, "data.dir=small/corpus"], capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("a small disk takes unshare, of util-linux")
+        pytest.skip("a small disk needs unshare, of util-linux")
     if run.returncode in (1, 77) and "code" not in run.stdout:
-        pytest.skip(f"a small disk takes the right to mount one: {run.stderr.strip()}")
+        pytest.skip(f"a small disk needs the right to mount one: {run.stderr.strip()}")
     assert run.returncode == 0 and run.stdout.startswith("code 2\n"), run
-    assert f"data.dir=small/corpus: {os.strerror(errno.ENOSPC)}; make room: {GOES_ON}\n" in run.stderr
+    assert f"data.dir=small/corpus: {os.strerror(errno.ENOSPC)}; free some space, then {RESUME}\n" in run.stderr
     before, after = (set(Path(name).read_text().split("\n")) for name in ("full", "done"))
     kept = {line for line in before if line.endswith(".shard")}
-    assert len(kept) >= 2 and kept < after and "going on after" in run.stderr
+    assert len(kept) >= 2 and kept < after and "resuming after" in run.stderr
     assert whole("roomy") == whole("corpus")
 
 
-def test_two_at_once_make_one_corpus():
-    argv = [*COMMAND, *words(source="storybook", stories=600, vocab_size=310)]
+def test_two_runs_at_once_make_one_corpus():
+    argv = [*COMMAND, *arguments(source="storybook", stories=600, vocab_size=310)]
     both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum(out.startswith("ready: ") for out, _ in said) == 1
+    outputs = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert sum(out.startswith("ready: ") for out, _ in outputs) == 1
     Corpus.open("corpus").verify()
+
+
+def test_a_run_reports_once_that_it_waits_for_another():
+    Path("corpus").mkdir()
+    with FileLock("corpus/.lock"):
+        argv = [*COMMAND, *arguments(tokenizer=model(STORIES))]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"{WAITING}\n"
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.startswith("corpus: ") and WAITING not in err
+
+
+def test_a_killed_run_leaves_no_lock(capsys):
+    code = "from filelock import FileLock; FileLock('corpus/.lock').acquire(); print('locked', flush=True); input()"
+    Path("corpus").mkdir()
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        process.kill()
+    assert main(arguments()) == 0
+    assert WAITING not in capsys.readouterr().err
 
 
 LONG = dict(source="long.txt", vocab_size=310, shard_tokens=400_000)
@@ -317,10 +352,10 @@ def whole(folder):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_ends_with_the_same_bytes():
-    """SIGKILL a random moment after each of its steps has begun; finished shards are not made again."""
+def test_a_run_killed_ten_times_ends_with_the_same_bytes():
+    """SIGKILL at a random moment of each of its steps. Finished shards are not written again."""
     write_long(200)
-    random, argv = Random(4), words(**LONG | {"shard_tokens": 120_000})
+    random, argv = Random(4), arguments(**LONG | {"shard_tokens": 120_000})
     assert main([*argv, "data.dir=undisturbed"]) == 0
     total, kept = len(shards("undisturbed")), dict[str, tuple[int, int]]()
     reading, training = "reading for the tokenizer: 25%", "reading for the tokenizer: done"
@@ -344,16 +379,16 @@ def test_killed_ten_times_it_ends_with_the_same_bytes():
 
 
 def shards(folder: str) -> dict[str, tuple[int, int]]:
-    """The finished ones, each with what tells a file from one that was made again."""
+    """Finished shards, each with its inode and time, which change if the file is written again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).glob("*.shard")}
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:
-    """The ids of the processes that encode, as soon as there are some."""
+    """The ids of the encoding processes, once they have started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
-        pytest.skip("finding the processes takes /proc/PID/task/*/children")
+        pytest.skip("finding the processes needs /proc/PID/task/*/children")
     while not Path("corpus/train-00000.shard.partial").exists() or len(children.read_text().split()) < 2:
         assert process.poll() is None
         time.sleep(0.05)
@@ -361,9 +396,9 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.slow
-def test_processes_end_with_the_one_that_started_them():
+def test_encoding_processes_end_with_their_parent():
     write_long(600)
-    argv = [*COMMAND, *words(**LONG, tokenizer=model(STORIES))]
+    argv = [*COMMAND, *arguments(**LONG, tokenizer=model(STORIES))]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         workers = [Path(f"/proc/{pid}") for pid in workers_of(process)]
         process.kill()
@@ -372,103 +407,94 @@ def test_processes_end_with_the_one_that_started_them():
             break
         time.sleep(0.05)
     else:
-        raise AssertionError("a process outlives prepare")
+        raise AssertionError("a process is still running after prepare was killed")
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_one_line():
+def test_a_killed_encoding_process_gives_one_line():
     write_long(600)
-    argv = [*COMMAND, *words(**LONG, tokenizer=model(STORIES))]
+    argv = [*COMMAND, *arguments(**LONG, tokenizer=model(STORIES))]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for pid in workers_of(process):
             if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
                 break
         out, err = process.communicate(timeout=200)
-    said = [line for line in err.splitlines() if not line.startswith("encoding")]
-    assert (process.returncode, out, len(said)) == (2, "", 1), err
-    assert said[0].startswith("a process that encodes was killed")
+    errors = [line for line in err.splitlines() if not line.startswith("encoding")]
+    assert (process.returncode, out, len(errors)) == (2, "", 1), err
+    assert errors[0].startswith("a process that encodes stories was killed")
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text():
-    """Ten and forty million bytes: all of it in memory would take thirty more at least, in one process or the other."""
+    """Ten and forty million bytes: if they were held in memory, some process would grow by at least 30 MB."""
     code = (
         "import re, resource, sys; from pathlib import Path; from data.prepare import main\n"
         "if __name__ == '__main__':\n"
         "    assert main(sys.argv[1:]) == 0\n"
-        "    here = int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
-        "    print(here // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)\n"
+        "    peak = int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "    print(peak // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)\n"
     )
     if not Path("/proc/self/status").exists():
-        pytest.skip("the peak of a process stands in /proc/self/status")
+        pytest.skip("the peak memory of a process is in /proc/self/status")
     Path("measure.py").write_text(code)
     peaks = []
     for times in (200, 800):
         write_long(times)
-        argv = words(**LONG | {"tokenizer": model(STORIES), "dir": f"corpus-{times}"})
+        argv = arguments(**LONG | {"tokenizer": model(STORIES), "dir": f"corpus-{times}"})
         done = subprocess.run([sys.executable, "measure.py", *argv], capture_output=True, text=True, check=True)
         peaks.append([int(size) for size in done.stdout.splitlines()[-1].split()])
-    assert all(more < less + 20 for less, more in zip(*peaks, strict=True)), peaks
+    assert all(large < small + 20 for small, large in zip(*peaks, strict=True)), peaks
 
 
-def test_one_process_or_many_give_the_same_tokens():
-    from data.encode import encode
-    from data.sources.base import Document
-    from data.tokenizer import Tokenizer
-
+def test_any_number_of_processes_gives_the_same_tokens():
     tokenizer = Tokenizer(model(STORIES))
     stories = [Document("train", STORIES[i % len(STORIES)] * (1 + i % 7), -float(i)) for i in range(40)]
-    with mock.patch("data.encode.BATCH_BYTES", 200):
+    with mock.patch("data.encode.BATCH_CHARS", 200):
         one, two = (list(encode(stories, tokenizer, processes)) for processes in (1, 2))
     assert len(one) == len(two) == len(stories)
     for a, b, story in zip(one, two, stories, strict=True):
         assert a.ids.tolist() == b.ids.tolist() == tokenizer.encode(story.text) and a[2:] == b[2:]
-        assert a.text_bytes == len(story.text.encode()) and a.log_prob == story.log_prob and not a.missed
+        assert a.text_bytes == len(story.text.encode()) and a.log_prob == story.log_prob and not a.roundtrip_failed
 
 
 @pytest.mark.parametrize("changed", ["a setting", "the stories"])
-def test_what_was_begun_of_something_else_begins_anew(capsys, changed):
-    assert main(words(shard_tokens=100)) == 0
+def test_an_unfinished_corpus_of_other_content_starts_over(capsys, changed):
+    assert main(arguments(shard_tokens=100)) == 0
     manifest = json.loads(Path("corpus/manifest.json").read_text())
     Path("corpus/manifest.json").unlink()
     kept = {key: manifest[key] for key in ("version", "settings", "source", "tokenizer_hash", "splits")}
     Path("corpus/progress.json").write_text(json.dumps(kept))
     if changed == "the stories":
         Path("s.txt").write_bytes(Path("s.txt").read_bytes() + b"\n<|endoftext|>\nOne more.")
-    argv = words(shard_tokens=100 if changed == "the stories" else 90)
+    argv = arguments(shard_tokens=100 if changed == "the stories" else 90)
     capsys.readouterr()
     assert main(argv) == 0
-    said = capsys.readouterr().err.splitlines()[0]
-    assert said.startswith("data.dir=corpus: begun of something else (") and said.endswith("); beginning anew")
-    assert ("s.txt: " if changed == "the stories" else "data.shard_tokens 100 -> 90") in said
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("data.dir=corpus: the unfinished corpus here was started from other settings or stories (")
+    assert line.endswith("); starting over")
+    assert ("s.txt: " if changed == "the stories" else "data.shard_tokens 100 -> 90") in line
     assert main([*argv, "data.dir=other"]) == 0
     assert whole("corpus") == whole("other")
 
 
-def test_stories_that_change_while_they_are_read_are_refused(capsys):
-    from data import prepare
-
-    skip = prepare.skip
-
-    def meanwhile(documents, past):
-        yield from skip(documents, past)
+def test_stories_that_change_while_being_read_are_refused(capsys):
+    def change_after_reading(documents, finished):
+        yield from skip_finished(documents, finished)
         with open("s.txt", "a") as file:
             file.write("!")
 
-    with mock.patch("data.prepare.skip", meanwhile):
-        said = refusal(capsys, words())
-    assert said == "data.source=s.txt: it changed while it was read; the same command begins anew"
-    assert not Path("corpus/manifest.json").exists() and main(words()) == 0
-    assert main(words(dir="other")) == 0 and whole("corpus") == whole("other")
+    with mock.patch("data.prepare.skip_finished", change_after_reading):
+        error = refusal(capsys, arguments())
+    assert error == ("data.source=s.txt: it changed while it was being read; run the same command again to start over")
+    assert not Path("corpus/manifest.json").exists() and main(arguments()) == 0
+    assert main(arguments(dir="other")) == 0 and whole("corpus") == whole("other")
 
 
-def test_a_process_killed_in_the_middle_of_its_answer_is_not_waited_for():
-    from data.encode import _Encoder
-
-    with _Encoder(Path(model(STORIES))) as encoder:
-        encoder._pipe.send(STORIES * 1000)  # an answer that no pipe holds at once
+def test_a_process_killed_while_answering_is_not_waited_for():
+    with _EncoderProcess(Path(model(STORIES))) as encoder:
+        encoder._pipe.send(STORIES * 1000)  # the answer is larger than the buffer of a pipe
         assert encoder._pipe.poll(60)
         encoder._process.kill()
         with pytest.raises(UserError, match="was killed"):
-            encoder([])
+            encoder.encode([])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.config import DataConfig
 from data.prepare import prepare
 from data.settings import UserError
-from data.shards import HEADER, OPEN_SHARDS, Corpus, Header, Shard, Writer, token_bytes
+from data.shards import HEADER, MAX_OPEN_SHARDS, Corpus, Header, Shard, Writer, token_bytes
 from data.tokenizer import Tokenizer, train
 
 NAMES, SIZES, THINGS = "Tom Lily Ann Bo".split(), "big red old wet new".split(), "dog cat hat car pond".split()
@@ -28,13 +28,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def grown(tokenizer: Tokenizer, vocab_size: int, path: Path) -> Tokenizer:
-    """The same model with pieces appended, as protobuf has it: field 1 of a model is a piece, its field 1 the text."""
-    more = []
+    """The same model with more pieces, encoded as protobuf: field 1 of a model is a piece, its field 1 the text."""
+    appended = []
     for number in range(tokenizer.vocab_size, vocab_size):
         text = f"w{number}".encode()
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -number)
-        more.append(b"\x0a" + bytes([len(piece)]) + piece)
-    path.write_bytes(tokenizer.path.read_bytes() + b"".join(more))
+        appended.append(b"\x0a" + bytes([len(piece)]) + piece)
+    path.write_bytes(tokenizer.path.read_bytes() + b"".join(appended))
     return Tokenizer(path)
 
 
@@ -57,18 +57,19 @@ LOG_PROBS = st.floats(-1e6, 0)
 @given(
     stories=st.lists(st.tuples(IDS, st.integers(0, 2**32 - 1), LOG_PROBS), min_size=1, max_size=20),
     shard_tokens=st.integers(1, 60),
-    known=st.sampled_from(["all", "none", "some"]),
+    with_log_prob=st.sampled_from(["all", "none", "some"]),
 )
-def test_what_is_written_is_read(small, tmp_path_factory, stories, shard_tokens, known):
+def test_shards_return_the_stories_that_were_written(small, tmp_path_factory, stories, shard_tokens, with_log_prob):
     folder = tmp_path_factory.mktemp("shards")
     with Writer(folder, "train", small, shard_tokens) as writer:
         for number, (ids, text_bytes, log_prob) in enumerate(stories):
-            writer.add(ids, text_bytes, log_prob if known == "all" or (known == "some" and number % 2) else None)
+            is_known = with_log_prob == "all" or (with_log_prob == "some" and number % 2)
+            writer.add(ids, text_bytes, log_prob if is_known else None)
     assert sorted(p.name for p in folder.iterdir()) == [info.path for info in writer.info.shards]
     assert writer.info.documents == len(stories)
     assert writer.info.tokens == sum(len(ids) + 2 for ids, _, _ in stories)
     assert writer.info.text_bytes == sum(text_bytes for _, text_bytes, _ in stories)
-    left = iter(stories)
+    expected = iter(stories)
     for info in writer.info.shards:
         shard = Shard(folder / info.path)
         shard.verify()
@@ -76,20 +77,22 @@ def test_what_is_written_is_read(small, tmp_path_factory, stories, shard_tokens,
         assert (shard.starts[0], shard.starts[-1], len(shard.starts)) == (0, info.tokens, info.documents + 1)
         assert info.tokens <= shard_tokens or info.documents == 1
         for i in range(info.documents):
-            ids, text_bytes, log_prob = next(left)
+            ids, text_bytes, log_prob = next(expected)
             stored = shard.tokens[shard.starts[i] : shard.starts[i + 1]]
             assert stored.tolist() == [small.bos, *ids, small.eos]
             assert shard.text_bytes[i] == text_bytes
-            if known == "all":
+            if with_log_prob == "all":
                 assert shard.log_probs is not None and shard.log_probs[i] == log_prob
-        assert known != "none" or shard.log_probs is None
-        arrays = [shard.tokens, shard.starts, shard.text_bytes, *([] if shard.log_probs is None else [shard.log_probs])]
+        assert with_log_prob != "none" or shard.log_probs is None
+        arrays = [shard.tokens, shard.starts, shard.text_bytes]
+        if shard.log_probs is not None:
+            arrays.append(shard.log_probs)
         assert [array.dtype.str for array in arrays] == ["<u2", "<i8", "<u4", "<f8"][: len(arrays)]
         assert all(array.flags.aligned and not array.flags.writeable for array in arrays)
-    assert next(left, None) is None
+    assert next(expected, None) is None
 
 
-def test_a_shard_is_filled_as_far_as_it_goes(small, tmp_path):
+def test_a_story_that_does_not_fit_starts_a_new_shard(small, tmp_path):
     with Writer(tmp_path, "train", small, 10) as writer:
         for length in (3, 3, 3, 18, 8, 8):  # 5, 5 | 5 | 20 | 10 | 10
             writer.add([5] * length, 1)
@@ -97,14 +100,14 @@ def test_a_shard_is_filled_as_far_as_it_goes(small, tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size, width", [(65535, 2), (65536, 2), (65537, 4)])
-def test_the_largest_id_survives(small, tmp_path, vocab_size, width):
+def test_the_largest_id_of_a_vocabulary_is_stored(small, tmp_path, vocab_size, width):
     tokenizer = grown(small, vocab_size, tmp_path / "grown.model")
     assert tokenizer.vocab_size == vocab_size
     with Writer(tmp_path, "train", tokenizer, 100) as writer:
         writer.add([vocab_size - 1], 3)
-        for beyond in (vocab_size, -1, 1 << 40):
+        for outside in (vocab_size, -1, 1 << 40):
             with pytest.raises(ValueError, match="vocabulary"):
-                writer.add([beyond], 3)
+                writer.add([outside], 3)
     shard = Shard(tmp_path / "train-00000.shard")
     assert shard.tokens.tolist() == [tokenizer.bos, vocab_size - 1, tokenizer.eos]
     assert shard.tokens.itemsize == width == token_bytes(vocab_size)
@@ -118,39 +121,41 @@ def shard_path(small: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path / "train-00000.shard"
 
 
-def test_any_flipped_byte_is_found(shard_path):
+def test_verify_finds_any_changed_byte(shard_path):
     whole = shard_path.read_bytes()
-    for place in range(len(whole)):
-        shard_path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        with pytest.raises(UserError, match=rf"^{shard_path}: .*delete {shard_path.parent} and make the corpus again"):
+    for offset in range(len(whole)):
+        shard_path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x10]) + whole[offset + 1 :])
+        with pytest.raises(
+            UserError, match=rf"^{shard_path}: .*delete {shard_path.parent} and prepare the corpus again"
+        ):
             Shard(shard_path).verify()
 
 
-def test_any_other_length_is_found_at_opening(shard_path):
+def test_opening_finds_any_wrong_length(shard_path):
     whole = shard_path.read_bytes()
     for length in range(len(whole)):
         shard_path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=f"^{shard_path}: cut off: {length} bytes"):
+        with pytest.raises(UserError, match=f"^{shard_path}: truncated: {length} bytes"):
             Shard(shard_path)
     shard_path.write_bytes(whole + b"\0")
     with pytest.raises(UserError, match="too long"):
         Shard(shard_path)
 
 
-def test_other_files_are_refused(shard_path):
+def test_a_file_that_is_no_shard_is_refused(shard_path):
     whole = shard_path.read_bytes()
     shard_path.write_bytes(b"PK\3\4" + whole[4:])
-    with pytest.raises(UserError, match="not a shard"):
+    with pytest.raises(UserError, match="not a shard file"):
         Shard(shard_path)
     shard_path.write_bytes(whole[:8] + struct.pack("<I", 2) + whole[12:])
-    with pytest.raises(UserError, match="shard format 2, this program reads 1"):
+    with pytest.raises(UserError, match="shard format 2, but this program reads format 1"):
         Shard(shard_path)
     shard_path.unlink()
     with pytest.raises(UserError, match="No such file"):
         Shard(shard_path)
 
 
-def test_offsets_beyond_4_gib_and_2_to_the_31_tokens(small, tmp_path):
+def test_a_shard_may_have_over_4_gib_and_2_31_tokens(small, tmp_path):
     path, tokens = tmp_path / "train-00000.shard", 2**31 + 10
     header = Header(2, 1, 0, small.vocab_size, tokens, 2, small.hash)
     layout = header.layout()
@@ -167,7 +172,7 @@ def test_offsets_beyond_4_gib_and_2_to_the_31_tokens(small, tmp_path):
     assert shard.log_probs.tolist() == [-7.0, -8.0]
 
 
-def test_an_error_while_writing_leaves_no_shard_that_looks_whole(small, tmp_path):
+def test_an_error_while_writing_leaves_a_partial_file(small, tmp_path):
     with pytest.raises(RuntimeError), Writer(tmp_path, "train", small, 5) as writer:
         writer.add([4, 5, 6], 3)
         writer.add([4, 5, 6], 3)
@@ -175,20 +180,20 @@ def test_an_error_while_writing_leaves_no_shard_that_looks_whole(small, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train-00000.shard", "train-00001.shard.partial"]
 
 
-def test_a_split_without_stories_leaves_nothing(small, tmp_path):
+def test_a_split_without_stories_leaves_no_file(small, tmp_path):
     with Writer(tmp_path, "train", small, 5) as writer:
         pass
     assert writer.info.shards == [] and list(tmp_path.iterdir()) == []
 
 
-def test_a_corpus_knows_itself(corpus, small):
-    again = Corpus.open(corpus.folder)
-    assert again.manifest == corpus.manifest and again.hash == corpus.hash
-    train, validation = again.split("train"), again.split("validation")
+def test_an_opened_corpus_equals_the_prepared_one(corpus, small):
+    opened = Corpus.open(corpus.folder)
+    assert opened.manifest == corpus.manifest and opened.hash == corpus.hash
+    train, validation = opened.split("train"), opened.split("validation")
     assert train.documents + validation.documents == len(STORIES)
-    assert len(train.shards) > OPEN_SHARDS and len(validation.shards) > 1
-    tokenizer = again.tokenizer()
-    assert tokenizer.hash == again.manifest.tokenizer_hash
+    assert len(train.shards) > MAX_OPEN_SHARDS and len(validation.shards) > 1
+    tokenizer = opened.tokenizer()
+    assert tokenizer.hash == opened.manifest.tokenizer_hash
     texts = []
     for split in (train, validation):
         assert split.tokens == sum(info.tokens for info in split.shards)
@@ -198,13 +203,14 @@ def test_a_corpus_knows_itself(corpus, small):
             shard = split.shard(i)
             texts += [tokenizer.decode(part.tolist()) for part in np.split(shard.tokens, shard.starts[1:-1])]
     assert sorted(texts) == sorted(STORIES)
-    seen = []
-    again.verify(lambda done, total: seen.append((done, total)))
-    assert seen == [(n + 1, len(seen)) for n in range(len(train.shards) + len(validation.shards))]
+    calls = []
+    opened.verify(lambda done, total: calls.append((done, total)))
+    shards = len(train.shards) + len(validation.shards)
+    assert calls == [(done, shards) for done in range(1, shards + 1)]
 
 
-def held() -> Iterator[str]:
-    """Files that this process holds open or mapped."""
+def open_files() -> Iterator[str]:
+    """Files that this process has open or mapped."""
     for handle in Path("/proc/self/fd").iterdir():
         if handle.exists():
             yield os.readlink(handle)
@@ -214,79 +220,79 @@ def held() -> Iterator[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
-def test_few_shards_are_open_at_a_time(corpus):
+def test_only_a_few_shards_are_open_at_a_time(corpus):
     split = corpus.split("train")
-    before = len(list(held()))
+    before = len(list(open_files()))
     for number in [*range(len(split.shards)), *range(len(split.shards))]:
         assert split.shard(number).tokens[0] == 1
-        assert len(list(held())) <= before + 2 * OPEN_SHARDS  # a handle and a map each
-    assert len(list(held())) == before + 2 * OPEN_SHARDS
+        assert len(list(open_files())) <= before + 2 * MAX_OPEN_SHARDS  # a handle and a map each
+    assert len(list(open_files())) == before + 2 * MAX_OPEN_SHARDS
     split.close()
-    assert len(list(held())) == before
+    assert len(list(open_files())) == before
     split.shard(0)
     del split
-    assert len(list(held())) == before
+    assert len(list(open_files())) == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
-def test_a_shard_missing_in_mid_list_leaks_nothing(corpus):
+def test_a_missing_shard_leaves_no_file_open(corpus):
     split = corpus.split("train")
     (corpus.folder / split.shards[2].path).unlink()
-    before = len(list(held()))
+    before = len(list(open_files()))
     with pytest.raises(UserError, match=r"train-00002\.shard: cannot be read"):
         Corpus.open(corpus.folder)
     with pytest.raises(UserError, match=r"train-00002\.shard: cannot be read"):
         for number in range(5):
             split.shard(number)
     split.close()
-    assert len(list(held())) == before
+    assert len(list(open_files())) == before
 
 
-def test_damage_is_refused_at_opening(corpus):
+def test_opening_a_damaged_corpus_is_refused(corpus):
     folder, paths = corpus.folder, [info.path for info in corpus.split("train").shards]
     kept = folder.parent / "kept"
     shutil.copytree(folder, kept)
 
-    def refused(why: str, name: str) -> None:
-        with pytest.raises(UserError, match=rf"^\S*{name}: .*{why}.*python -m data.prepare"):
+    def refused(problem: str, name: str) -> None:
+        with pytest.raises(UserError, match=rf"^\S*{name}: .*{problem}.*python -m data.prepare"):
             Corpus.open(folder)
         shutil.copy(kept / name, folder / name)
         Corpus.open(folder)
 
     os.truncate(folder / paths[3], 200)
-    refused("cut off", paths[3])
+    refused("truncated", paths[3])
     shutil.copy(kept / paths[1], folder / paths[0])  # whole, but another one
-    refused("not the shard that the manifest names", paths[0])
+    refused("not the shard that the manifest lists", paths[0])
     (folder / "tokenizer.model").unlink()
     refused("not the tokenizer that the corpus was made with", "tokenizer.model")
     train(STORIES, 310, folder / "tokenizer.model")
     refused("not the tokenizer that the corpus was made with", "tokenizer.model")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 9}))
-    refused("corpus format 9, this program reads 1", "manifest.json")
+    refused("corpus format 9, but this program reads format 1", "manifest.json")
     for content in ('{"version": 1}', "[]", "{", json.dumps(manifest | {"more": 1})):
         (folder / "manifest.json").write_text(content)
         refused("not a manifest", "manifest.json")
 
 
-def test_verify_reads_every_shard(corpus):
+def test_verifying_a_corpus_reads_every_shard(corpus):
     path = corpus.folder / corpus.split("validation").shards[-1].path
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    with pytest.raises(UserError, match=f"^{path}: its checksum does not match"):
+    with pytest.raises(UserError, match=f"^{path}: the checksum does not match"):
         Corpus.open(corpus.folder).verify()
 
 
-def test_no_corpus(tmp_path):
+def test_a_folder_without_corpus_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "none", tmp_path, tmp_path / "file"):
-        with pytest.raises(UserError, match=rf"^data.dir={folder}: no corpus there; .*python -m data.prepare --config"):
+        with pytest.raises(UserError, match=rf"^data.dir={folder}: no corpus here; run python -m data.prepare with"):
             Corpus.open(folder)
 
 
-def test_an_unfinished_corpus(corpus):
+def test_an_unfinished_corpus_is_refused(corpus):
     (corpus.folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="the corpus there is unfinished; .*python -m data.prepare --config"):
+    with pytest.raises(UserError, match="the corpus here is unfinished; run python -m data.prepare with"):
         Corpus.open(corpus.folder)
 
 
@@ -305,10 +311,10 @@ def test_a_corpus_refuses_other_settings(corpus):
         with pytest.raises(UserError) as error:
             corpus.check(config_of(folder, **{key: value}))
         assert str(error.value).startswith(f"data.{key}={value}: the corpus in {corpus.folder} was made with {made}; ")
-        assert f"set data.{key}={made}, or make another" in str(error.value) and "\n" not in str(error.value)
+        assert f"set data.{key}={made}, or give another data.dir" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_corpus_refuses_another_file_under_the_tokenizers_name(corpus):
+def test_a_corpus_refuses_a_changed_tokenizer_file(corpus):
     folder = corpus.folder.parent
     train(STORIES, 300, folder / "given.model")
     config = config_of(folder, tokenizer=str(folder / "given.model"), dir=str(folder / "second"))
@@ -321,9 +327,9 @@ def test_a_corpus_refuses_another_file_under_the_tokenizers_name(corpus):
     second.check(config)
 
 
-def test_the_hash_names_the_content(corpus):
+def test_the_hash_identifies_the_content(corpus):
     folder = corpus.folder.parent
-    config = config_of(folder, dir=str(folder / "again"))
+    config = config_of(folder, dir=str(folder / "repeated"))
     assert prepare(config)[0].hash == corpus.hash
     for change in ({"validation": "0.6"}, {"vocab_size": 301}, {"shard_tokens": 60}):
         other = prepare(config_of(folder, dir=str(folder / "other"), **change))[0]

@@ -3,6 +3,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.settings import UserError
-from data.tokenizer import BOS, EOS, PAD, UNK, UNTRAINABLE, StreamDecoder, Tokenizer, Words, pieces, sample, train
+from data.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    UNTRAINABLE,
+    CachedEncoder,
+    StreamDecoder,
+    Tokenizer,
+    sample,
+    split_text,
+    train,
+)
 
 WORDS = "the a cat dog Lily Tom ran sat saw and then happy little big tree ball said was very to in home".split()
 NASTY = [
@@ -66,12 +79,12 @@ def story(number: int) -> str:
 STORIES = [story(number) for number in range(300)]
 
 
-def model_of_others(path: Path, **settings: Any) -> Path:
-    """A model with settings that ours never has."""
+def train_other_model(path: Path, texts: Sequence[str] = STORIES, **settings: Any) -> Path:
+    """Trains a model with settings that differ from ours."""
     model = io.BytesIO()
     settings = {"vocab_size": 330, "byte_fallback": True, "normalization_rule_name": "identity"} | settings
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(STORIES), model_writer=model, model_type="bpe", minloglevel=2, **settings
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", minloglevel=2, **settings
     )
     path.write_bytes(model.getvalue())
     return path
@@ -85,23 +98,23 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def strangers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
-    """As Llama 2 does it: a blank before each text, ids of their own; the second drops blanks besides."""
-    folder = tmp_path_factory.mktemp("strangers")
-    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
-    one = model_of_others(folder / "one.model", remove_extra_whitespaces=False, **ids)
-    two = model_of_others(folder / "two.model", remove_extra_whitespaces=True, unk_surface="?", **ids)
+def others(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+    """Models like that of Llama 2: they put a space before each text, and have other ids; the second drops spaces."""
+    folder = tmp_path_factory.mktemp("others")
+    ids: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    one = train_other_model(folder / "one.model", remove_extra_whitespaces=False, **ids)
+    two = train_other_model(folder / "two.model", remove_extra_whitespaces=True, unk_surface="?", **ids)
     return [Tokenizer(one), Tokenizer(two)]
 
 
-def test_ids_are_ours(ours):
+def test_a_trained_model_has_our_control_ids(ours):
     assert (ours.pad, ours.bos, ours.eos, ours.unk) == (PAD, BOS, EOS, UNK) == (0, 1, 2, 3)
     assert ours.vocab_size == 340
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
-def test_any_text_comes_back_and_yields_no_control_id(ours, text):
+def test_any_text_decodes_to_itself_without_control_ids(ours, text):
     ids = ours.encode(text)
     assert ours.decode(ids) == text
     assert min(ids, default=UNK + 1) > UNK
@@ -109,12 +122,12 @@ def test_any_text_comes_back_and_yields_no_control_id(ours, text):
 
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(TEXTS))
-def test_texts_end_to_end_are_the_texts(ours, texts):
-    ids = [ours.encode(text) for text in texts]
-    assert ours.decode([ours.bos, *(i for its in ids for i in its), ours.eos]) == "".join(texts)
+def test_concatenated_texts_decode_to_their_concatenation(ours, texts):
+    ids = [id for text in texts for id in ours.encode(text)]
+    assert ours.decode([ours.bos, *ids, ours.eos]) == "".join(texts)
 
 
-def test_blanks_come_back_from_a_model_that_hardly_saw_one(tmp_path):
+def test_spaces_survive_a_model_that_hardly_saw_any(tmp_path):
     texts = ["".join(chr(0x4E00 + (number * n) % 97) for n in range(2000)) for number in range(1, 20)]
     for name, corpus in (("none", texts), ("one", [*texts, "漢 字"])):
         train(corpus, 400, tmp_path / name)
@@ -126,60 +139,60 @@ def test_newlines_take_part_in_merges(ours):
     assert len(ours.encode("home.\n\nthe")) < len(ours.encode("home.")) + 2 + len(ours.encode("the"))
 
 
-def test_the_same_text_gives_the_same_model(ours, tmp_path):
+def test_the_same_texts_give_the_same_model(ours, tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:]\n"
         "from data.tokenizer import train; from test_tokenizer import STORIES; train(STORIES, 340, Path(sys.argv[1]))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "again.model"), ".", "tests/data"]
+    command = [sys.executable, "-c", code, str(tmp_path / "repeated.model"), ".", "tests/data"]
     subprocess.run(command, check=True, env={"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"})
-    assert (tmp_path / "again.model").read_bytes() == ours.path.read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["again.model"]
+    assert (tmp_path / "repeated.model").read_bytes() == ours.path.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["repeated.model"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(st.tuples(TEXTS, st.integers(1, 400))))
-def test_pieces_lose_nothing_and_are_short(parts):
+def test_splitting_a_text_loses_nothing(parts):
     text = "".join(part * times for part, times in parts)
-    cut = pieces(text)
-    assert "".join(cut) == text.translate(dict.fromkeys(map(ord, UNTRAINABLE)))
-    assert all(0 < len(piece.encode()) <= 4000 for piece in cut)
+    split = split_text(text)
+    assert "".join(split) == text.translate(dict.fromkeys(map(ord, UNTRAINABLE)))
+    assert all(0 < len(part.encode()) <= 4000 for part in split)
 
 
-def test_pieces_are_cut_before_blanks():
+def test_texts_are_split_before_spaces():
     text = "one two three " * 500
-    assert all(piece.startswith((" two", " three", " one")) for piece in pieces(text)[1:])
+    assert all(part.startswith((" two", " three", " one")) for part in split_text(text)[1:])
 
 
 @pytest.mark.parametrize("neighbour", ["\u2585", "\0", "\u2581", "\n", "\r\n", "x" * 5000, "漢" * 1500, "…"])
 def test_no_story_is_skipped_in_training(tmp_path, neighbour):
-    """`wugwug` stands in one kind of story only, beside what sentencepiece by itself would stumble over."""
+    """`wugwug` occurs only in stories with characters that would make sentencepiece skip them."""
     train([*STORIES, *[f"{neighbour} {'wugwug ' * 50}{neighbour}"] * 30], 360, tmp_path / "model")
     assert len(Tokenizer(tmp_path / "model").encode("wugwug")) <= 2
 
 
-@given(size=st.integers(0, 300), limit=st.integers(1, 400))
-def test_the_sample_is_bounded_and_even(size, limit):
+@given(size=st.integers(0, 300), max_bytes=st.integers(1, 400))
+def test_the_sample_is_bounded_and_even(size, max_bytes):
     parts = [f"{number:04}" for number in range(size)]
-    kept = sample(parts, limit)
-    stride = next(2**k for k in range(20) if len(parts[:: 2**k]) * 4 <= limit or 2**k >= size)
+    kept = sample(parts, max_bytes)
+    stride = next(2**k for k in range(20) if len(parts[:: 2**k]) * 4 <= max_bytes or 2**k >= size)
     assert kept == parts[::stride]
 
 
-def test_too_large_a_vocabulary_offers_the_largest(tmp_path):
+def test_an_error_names_the_largest_possible_vocabulary(tmp_path):
     with pytest.raises(UserError) as error:
         train(STORIES, 9000, tmp_path / "model")
-    said = r"data.vocab_size=9000: the corpus yields at most (\d+) pieces; use data.vocab_size=\1 or more text"
-    assert (match := re.fullmatch(said, str(error.value)))
-    most = int(match[1])
+    message = r"data.vocab_size=9000: the corpus yields at most (\d+) pieces; use data.vocab_size=\1 or more text"
+    assert (match := re.fullmatch(message, str(error.value)))
+    largest = int(match[1])
     assert list(tmp_path.iterdir()) == []
-    train(STORIES, most, tmp_path / "model")
-    assert Tokenizer(tmp_path / "model").vocab_size == most
-    with pytest.raises(UserError, match=f"at most {most}"):
-        train(STORIES, most + 1, tmp_path / "model")
+    train(STORIES, largest, tmp_path / "model")
+    assert Tokenizer(tmp_path / "model").vocab_size == largest
+    with pytest.raises(UserError, match=f"at most {largest}"):
+        train(STORIES, largest + 1, tmp_path / "model")
 
 
-def test_too_small_a_vocabulary_offers_the_smallest(tmp_path):
+def test_an_error_names_the_smallest_possible_vocabulary(tmp_path):
     alphabet = ["".join(chr(0x4E00 + i) for i in range(300))] * 3
     with pytest.raises(UserError, match="data.vocab_size=300: .* needs 561 .* use data.vocab_size=561 or more"):
         train(alphabet, 300, tmp_path / "model")
@@ -187,41 +200,41 @@ def test_too_small_a_vocabulary_offers_the_smallest(tmp_path):
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\n"], ["\u2585\0\u2581"]])
-def test_no_text_no_tokenizer(tmp_path, texts):
+def test_training_without_text_is_refused(tmp_path, texts):
     with pytest.raises(UserError, match="no text to train a tokenizer on"):
         train(texts, 300, tmp_path / "model")
 
 
-def test_half_a_surrogate_is_refused(ours):
+def test_a_lone_surrogate_is_refused(ours):
     for text in ("a\ud800b", "\u2581\ud800"):
         with pytest.raises(UserError, match="lone surrogate"):
             ours.encode(text)
 
 
-def test_models_of_others(ours, strangers):
-    for tokenizer in strangers:
+def test_other_models_keep_their_own_ids(ours, others):
+    for tokenizer in others:
         assert (tokenizer.unk, tokenizer.bos, tokenizer.eos, tokenizer.pad) == (0, 1, 2, 2)
         assert tokenizer.vocab_size == 330
         assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
         assert {1, 2}.isdisjoint(tokenizer.encode("<s> </s>"))
-    assert len({tokenizer.hash for tokenizer in [ours, *strangers]}) == 3
+    assert len({tokenizer.hash for tokenizer in [ours, *others]}) == 3
 
 
-def test_models_that_cannot_serve(tmp_path):
+def test_unsuitable_models_are_refused(tmp_path):
     (tmp_path / "junk.model").write_bytes(b"junk")
     (tmp_path / "empty.model").write_bytes(b"")
-    model_of_others(tmp_path / "bos.model", bos_id=-1)
-    model_of_others(tmp_path / "eos.model", eos_id=-1)
-    model_of_others(tmp_path / "spelled.model", user_defined_symbols=["<s>"])  # a text could yield this bos
-    for name, why in [
+    train_other_model(tmp_path / "bos.model", bos_id=-1)
+    train_other_model(tmp_path / "eos.model", eos_id=-1)
+    train_other_model(tmp_path / "spelled.model", user_defined_symbols=["<s>"])  # a text could yield this bos
+    for name, problem in [
         ("junk", "not a sentencepiece model"),
         ("empty", "not a sentencepiece model"),
-        ("none", "no tokenizer can be read there"),
-        ("bos", "no bos of its own"),
-        ("eos", "no eos of its own"),
-        ("spelled", "no bos of its own"),
+        ("none", "the tokenizer cannot be read"),
+        ("bos", "no separate bos id"),
+        ("eos", "no separate eos id"),
+        ("spelled", "no separate bos id"),
     ]:
-        with pytest.raises(UserError, match=rf"{name}\.model: .*{why}"):
+        with pytest.raises(UserError, match=rf"{name}\.model: .*{problem}"):
             Tokenizer(tmp_path / f"{name}.model")
 
 
@@ -232,14 +245,15 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_a_stream_is_the_whole(ours, strangers, data):
-    tokenizer = data.draw(st.sampled_from([ours, *strangers]))
-    blank = tokenizer.encode("a b  c")[1:-1]
-    ids = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.integers(0, 260), st.sampled_from(blank))
+def test_a_streamed_text_is_the_decoded_text(ours, others, data):
+    tokenizer = data.draw(st.sampled_from([ours, *others]))
+    spaces = tokenizer.encode("a b  c")[1:-1]
+    ids = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.integers(0, 260), st.sampled_from(spaces))
     character = st.sampled_from("é漢🎉\u2581\ufffd").map(tokenizer.encode)
-    some = data.draw(st.lists(st.one_of(ids.map(lambda id: [id]), character, character.map(lambda ids: ids[:-1]))))
-    flat = [id for part in some for id in part]
-    assert "".join(streamed(tokenizer, flat)) == tokenizer.decode(flat)
+    cut_character = character.map(lambda ids: ids[:-1])
+    parts = data.draw(st.lists(st.one_of(ids.map(lambda id: [id]), character, cut_character)))
+    drawn = [id for part in parts for id in part]
+    assert "".join(streamed(tokenizer, drawn)) == tokenizer.decode(drawn)
 
 
 def test_a_stream_never_shows_half_a_character(ours):
@@ -249,68 +263,61 @@ def test_a_stream_never_shows_half_a_character(ours):
     assert [part for part in shown if part] == ["a", " ", "🎉", " and", " ", "漢", "字", ",", " ", "é", "…"]
 
 
-def test_a_stream_shows_a_character_as_soon_as_it_is_whole(ours):
+def test_a_stream_shows_a_character_once_it_is_complete(ours):
     decoder = StreamDecoder(ours)
     assert [decoder.add(id) for id in ours.encode("🎉")] == ["", "", "", "🎉"]
     assert decoder.flush() == ""
 
 
-def checked(tokenizer: Tokenizer, text: str) -> tuple[list[int], bool]:
-    """What `Words` should say of a text, by sentencepiece alone."""
+def encode_whole(tokenizer: Tokenizer, text: str) -> tuple[list[int], bool]:
+    """The expected result of `CachedEncoder.encode`, by sentencepiece alone."""
     ids = tokenizer.encode(text)
     return ids, tokenizer.decode(ids) == text
 
 
-def by_words(words: Words, text: str) -> tuple[list[int], bool]:
-    ids, came_back = words.encode(text)
-    return np.frombuffer(ids, np.uint32).tolist(), came_back
+def encode_cached(encoder: CachedEncoder, text: str) -> tuple[list[int], bool]:
+    ids, is_lossless = encoder.encode(text)
+    return np.frombuffer(ids, np.uint32).tolist(), is_lossless
 
 
 @pytest.fixture(scope="module")
 def lossy(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
-    """Without bytes a strange character becomes unk; the second model changes characters besides."""
+    """Models without byte pieces: an unknown character becomes unk. The second also normalizes characters."""
     folder = tmp_path_factory.mktemp("lossy")
-    more = dict(byte_fallback=False, vocab_size=80, add_dummy_prefix=False, remove_extra_whitespaces=False)
-    changing = {"normalization_rule_name": "nmt_nfkc"}
-    return [Tokenizer(model_of_others(folder / f"{n}.model", **more, **way)) for n, way in enumerate([{}, changing])]
+    lossy: dict[str, Any] = {"byte_fallback": False, "vocab_size": 80}
+    lossy |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    one = train_other_model(folder / "one.model", **lossy)
+    two = train_other_model(folder / "two.model", **lossy, normalization_rule_name="nmt_nfkc")
+    return [Tokenizer(one), Tokenizer(two)]
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_word_by_word_says_the_same_as_text_by_text(ours, strangers, lossy, data):
-    tokenizer = data.draw(st.sampled_from([ours, *lossy, *strangers]))
-    words = Words(tokenizer)
-    assert words.fits or tokenizer not in [ours, lossy[0]]
+def test_the_cached_encoder_gives_the_ids_of_sentencepiece(ours, others, lossy, data):
+    tokenizer = data.draw(st.sampled_from([ours, *lossy, *others]))
+    encoder = CachedEncoder(tokenizer)
+    assert encoder.is_word_based or tokenizer not in [ours, lossy[0]]
     letters = st.text(st.sampled_from("ab. \n\t\u2581\u3000\u2047é漢🎉<s>0Tthe"), max_size=30)
     texts = data.draw(st.lists(st.one_of(TEXTS, letters, st.sampled_from(STORIES[:60]))))
-    for text in texts * 2:  # learnt, then remembered
-        assert by_words(words, text) == checked(tokenizer, text)
+    for text in texts * 2:  # the second time from the cache
+        assert encode_cached(encoder, text) == encode_whole(tokenizer, text)
 
 
-def test_models_with_other_ways_of_blanks_are_asked_text_by_text(tmp_path):
-    import sentencepiece
-
-    ways = [{"add_dummy_prefix": True}, {"remove_extra_whitespaces": True}, {"split_by_whitespace": False}]
-    for number, way in enumerate(ways):
-        settings = {"add_dummy_prefix": False, "remove_extra_whitespaces": False} | way
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat and the cat ran to the mat"] * 50),
-            vocab_size=300,
-            model_prefix=str(tmp_path / str(number)),
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-            **settings,
-        )
-        other = Tokenizer(tmp_path / f"{number}.model")
-        words = Words(other)
-        assert not words.fits
-        assert by_words(words, "the  cat sat ") == checked(other, "the  cat sat ")
+@pytest.mark.parametrize(
+    "setting", [{"add_dummy_prefix": True}, {"remove_extra_whitespaces": True}, {"split_by_whitespace": False}]
+)
+def test_models_with_other_rules_for_spaces_encode_whole_texts(tmp_path, setting):
+    texts = ["the cat sat on the mat and the cat ran to the mat"] * 50
+    settings = {"vocab_size": 300, "add_dummy_prefix": False, "remove_extra_whitespaces": False} | setting
+    other = Tokenizer(train_other_model(tmp_path / "other.model", texts, **settings))
+    encoder = CachedEncoder(other)
+    assert not encoder.is_word_based
+    assert encode_cached(encoder, "the  cat sat ") == encode_whole(other, "the  cat sat ")
 
 
-def test_words_do_not_fill_the_memory(ours):
-    words = Words(ours)
-    words.MOST = 100
+def test_the_cache_of_words_is_bounded(ours):
+    encoder = CachedEncoder(ours)
+    encoder.MAX_CACHED_WORDS = 100
     texts = [f"{n} x{n} {'y' * 100}" for n in range(500)]
-    assert [by_words(words, text) for text in texts] == [checked(ours, text) for text in texts]
-    assert len(words._later) <= 100 and len(words._first) <= 100
+    assert [encode_cached(encoder, text) for text in texts] == [encode_whole(ours, text) for text in texts]
+    assert len(encoder._next_words) <= 100 and len(encoder._first_words) <= 100

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.settings import UserError
-from data.tokenizer import BLANK_MARK, Tokenizer, write_atomic
+from data.tokenizer import SPACE_SYMBOL, Tokenizer, write_atomic
 
 if TYPE_CHECKING:
     import tokenizers
@@ -81,8 +81,8 @@ def convert(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
     scores: dict[str, float] = {}  # of those that merges make
     for id, piece in enumerate(model.pieces):
         if piece.type == piece_types.NORMAL:
-            scores[piece.piece.replace(BLANK_MARK, " ")] = piece.score
-            ids[piece.piece.replace(BLANK_MARK, " ")] = id
+            scores[piece.piece.replace(SPACE_SYMBOL, " ")] = piece.score
+            ids[piece.piece.replace(SPACE_SYMBOL, " ")] = id
         else:
             ids[piece.piece] = id
     splits = [  # sorted by falling score, then by ids
@@ -127,6 +127,6 @@ def _why_not_convertible(model: Any) -> str | None:
         return "it marks spaces in an unsupported way"
     if any(piece.type in (piece_types.USER_DEFINED, piece_types.UNUSED) for piece in model.pieces):
         return "it has user-defined or unused pieces"
-    if not any(piece.piece == BLANK_MARK for piece in model.pieces):
+    if not any(piece.piece == SPACE_SYMBOL for piece in model.pieces):
         return "it has no piece for a space"
     return None

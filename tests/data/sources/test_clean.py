@@ -6,7 +6,7 @@ from data.sources.clean import Cleaner, repair
 
 
 @pytest.mark.parametrize(
-    "damaged, whole, sequences",
+    "damaged, expected, sequences",
     [
         ("He said, â€œWhy?â€ Granny said, â€œSo thatâ€™s itâ€.", "He said, “Why?” Granny said, “So that’s it”.", 5),
         ("strange â€“ surprisedâ€” he â€˜oâ€¦", "strange – surprised— he ‘o…", 4),
@@ -18,12 +18,12 @@ from data.sources.clean import Cleaner, repair
         ("ðŸ˜€ðŸ\x8eƒ", "😀🎃", 2),
     ],
 )
-def test_mojibake_is_repaired(damaged, whole, sequences):
-    assert repair(damaged) == (whole, sequences)
+def test_mojibake_is_repaired(damaged, expected, sequences):
+    assert repair(damaged) == (expected, sequences)
 
 
 @pytest.mark.parametrize(
-    "fine",
+    "text",
     [
         "«CAFÉ», «IRMÃ», “MAÇÃ”, IRMÃ—minha, MAÇÃ…",
         "20 °C, £5, 5€, «À la carte»",
@@ -32,8 +32,8 @@ def test_mojibake_is_repaired(damaged, whole, sequences):
         "ã é ’",
     ],
 )
-def test_fine_text_is_left_as_it_is(fine):
-    assert repair(fine) == (fine, 0)
+def test_undamaged_text_does_not_change(text):
+    assert repair(text) == (text, 0)
 
 
 ALPHABETS = [
@@ -54,8 +54,8 @@ ALPHABETS = [
 
 
 @st.composite
-def fine_text(draw):
-    """Words of one language at a time, in the cases that people write, with the signs that stand beside them."""
+def undamaged_text(draw):
+    """Words of one language each, in the usual upper and lower cases, with the usual signs next to them."""
     text = ""
     for _ in range(draw(st.integers(1, 12))):
         word = draw(st.text(draw(st.sampled_from(ALPHABETS)), min_size=2, max_size=8))
@@ -67,17 +67,17 @@ def fine_text(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(fine_text())
-def test_what_people_write_passes_unchanged(text):
+@given(undamaged_text())
+def test_generated_undamaged_text_does_not_change(text):
     assert list(Cleaner()([text])) == [text]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from("She said it is Tom’s … “Hello” café piñata naïve – — ‘so’ déjà".split()), min_size=1))
-def test_damage_done_is_damage_undone(words):
+def test_any_damaged_text_is_restored(words):
     text = " ".join(words)
     as_latin_1 = text.encode().decode("latin-1")
-    # the web's cp1252: what has no character there stays a control character, or is lost
+    # cp1252 as browsers decode it: a byte without a character stays a control character, or is lost
     as_cp1252 = "".join(byte if ord(byte) < 0x80 else _cp1252(ord(byte)) for byte in as_latin_1)
     for damaged in (as_latin_1, as_cp1252, as_cp1252.replace("\x9d", "")):
         repaired, _ = repair(damaged)
@@ -88,7 +88,7 @@ def _cp1252(byte: int) -> str:
     return bytes([byte]).decode("cp1252", "ignore") or chr(byte)
 
 
-def test_two_stories_in_one_are_split_and_counted():
+def test_two_stories_in_one_text_are_split_and_counted():
     cleaner = Cleaner()
     assert list(cleaner(["One.\n<|endoftext|>\n Two.", "Three", "<|endoftext|>", "\nItâ€™s â€œ<|endoftext|>"])) == [
         "One.",

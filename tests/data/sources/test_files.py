@@ -13,8 +13,8 @@ from pyarrow.parquet import write_table
 from data.config import DataConfig
 from data.settings import UserError
 from data.shards import settings_of
-from data.sources.base import TRAIN, VALIDATION, side
-from data.sources.files import find
+from data.sources.base import TRAIN, VALIDATION, split_of
+from data.sources.files import find_files
 from data.sources.open import open_source
 
 
@@ -44,44 +44,44 @@ def test_jsonl_keeps_every_character(tmp_path):
     assert [d.log_prob for d in open_source(config_of(tmp_path / "s.jsonl"))] == [None] * 5
 
 
-def test_a_byte_order_mark_belongs_to_the_file(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     (tmp_path / "s.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl("\ufeffone"))
     (tmp_path / "s.txt").write_bytes(b"\xef\xbb\xbftwo\n\xef\xbb\xbf")
     assert texts(tmp_path) == ["\ufeffone", "two\n\ufeff"]
 
 
-def test_another_text_field(tmp_path):
+def test_the_text_field_can_be_set(tmp_path):
     (tmp_path / "s.jsonl").write_bytes(jsonl("one", field="story"))
     assert texts(tmp_path / "s.jsonl", text_field="story") == ["one"]
-    said = refusal(tmp_path / "s.jsonl")
-    assert said == f"{tmp_path}/s.jsonl, line 1: data.text_field=text is no text there; " + (
-        "text stands in: story (data.text_field=...)"
+    assert refusal(tmp_path / "s.jsonl") == (
+        f"{tmp_path}/s.jsonl, line 1: data.text_field=text is not a field with text; "
+        "set data.text_field to a field with text: story"
     )
 
 
 @pytest.mark.parametrize(
-    "line, why",
+    "line, problem",
     [
         (b'{"text": "on', "not JSON"),
         (b"once upon a time", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'["one"]', "not a JSON object"),
         (b'"one"', "not a JSON object"),
-        (b'{"text": 7}', "data.text_field=text is no text there; no field holds text"),
-        (b'{"text": null, "body": "x"}', "text stands in: body"),
-        (b"{}", "data.text_field=text is no text there"),
+        (b'{"text": 7}', "data.text_field=text is not a field with text; no field contains text"),
+        (b'{"text": null, "body": "x"}', "set data.text_field to a field with text: body"),
+        (b"{}", "data.text_field=text is not a field with text"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "caf\xe9"}', "not UTF-8"),
         (rb'{"text": "\ud83c"}', "half a surrogate pair"),
     ],
 )
-def test_a_bad_line_of_jsonl_is_named(tmp_path, line, why):
+def test_an_error_names_the_bad_line_of_a_jsonl_file(tmp_path, line, problem):
     path = tmp_path / "s.jsonl"
     path.write_bytes(jsonl("one", "two") + line + b"\n" + jsonl("three"))
-    assert refusal(path).startswith(f"{path}, line 3: ") and why in refusal(path)
+    assert refusal(path).startswith(f"{path}, line 3: ") and problem in refusal(path)
 
 
-def test_txt_is_parted_at_lines_that_are_the_separator(tmp_path):
+def test_txt_is_split_at_lines_that_are_the_separator(tmp_path):
     path = tmp_path / "s.txt"
     path.write_bytes(
         b"\n\n One.\n\nTwo. \n\n<|endoftext|>\nThree <|endoftext|>\n <|endoftext|>\r\n<|endoftext|>\r\n"
@@ -98,21 +98,21 @@ def test_txt_is_parted_at_lines_that_are_the_separator(tmp_path):
 
 
 @given(stories=st.lists(st.text(alphabet="ab \t\r\n漢>").map(lambda s: s.strip("\r\n")), min_size=1))
-def test_txt_comes_back(tmp_path_factory, stories):
+def test_txt_returns_the_stories_that_were_written(tmp_path_factory, stories):
     path = tmp_path_factory.mktemp("txt") / "s.txt"
     path.write_bytes("\n<|endoftext|>\n".join(stories).encode())
     assert texts(path) == [story for story in stories if story.strip()]
 
 
-def test_txt_that_is_not_utf8_is_named(tmp_path):
+def test_an_error_names_the_line_that_is_not_utf8(tmp_path):
     (tmp_path / "s.txt").write_bytes(b"one\ntwo\ncaf\xe9\n")
     assert refusal(tmp_path / "s.txt").startswith(f"{tmp_path}/s.txt, line 3: not UTF-8")
 
 
-def test_gzip_is_known_by_its_content(tmp_path):
+def test_gzip_is_recognized_by_its_content(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl("one")))
     (tmp_path / "b.jsonl").write_bytes(gzip.compress(jsonl("two")) + gzip.compress(jsonl("three")))
-    (tmp_path / "c.jsonl.gz").write_bytes(jsonl("four"))  # unpacked on the way, as some sites do
+    (tmp_path / "c.jsonl.gz").write_bytes(jsonl("four"))  # decompressed by the server, as some do
     (tmp_path / "d.txt.GZ").write_bytes(gzip.compress(b"five\n<|endoftext|>\nsix"))
     (tmp_path / "e.gz").write_bytes(gzip.compress(b" " + jsonl("seven")))
     (tmp_path / "f.gz").write_bytes(gzip.compress(b"eight"))
@@ -120,17 +120,17 @@ def test_gzip_is_known_by_its_content(tmp_path):
     assert texts(tmp_path) == "one two three four five six seven eight".split()
 
 
-def test_a_damaged_gzip_is_named(tmp_path):
+def test_a_damaged_gzip_file_is_refused(tmp_path):
     path = tmp_path / "s.jsonl.gz"
     whole = gzip.compress(jsonl(*(f"story {number * 7919}" for number in range(5000))), mtime=0)
     half = whole[: len(whole) // 2]
-    scratched = whole[:10] + b"\xff" * 20 + whole[30:]  # the first block is of no known type
-    for content in (half, whole[:-3], whole[:15], whole[:-8] + bytes(8), half + b"junk" * 9, scratched):
+    overwritten = whole[:10] + b"\xff" * 20 + whole[30:]  # the first block is of no known type
+    for content in (half, whole[:-3], whole[:15], whole[:-8] + bytes(8), half + b"junk" * 9, overwritten):
         path.write_bytes(content)
-        assert refusal(path).startswith(f"{path}: the gzip is cut or damaged after line ")
+        assert refusal(path).startswith(f"{path}: the gzip file is truncated or damaged after line ")
 
 
-def test_blank_stories_are_counted(tmp_path):
+def test_empty_stories_are_skipped_and_counted(tmp_path):
     (tmp_path / "s.jsonl").write_bytes(jsonl("one", "", " \n", "two"))
     source = open_source(config_of(tmp_path / "s.jsonl"))
     for _ in range(2):
@@ -146,45 +146,45 @@ def test_folders_and_globs_are_sorted(tmp_path, monkeypatch):
     assert texts(".") == texts(tmp_path) == ["a/b/c.txt", "a/z.txt", "a0.jsonl", "b.txt"]
     assert texts("*") == ["a0.jsonl", "b.txt"]
     assert texts("**/*.txt") == texts(f"{tmp_path}/**/*.txt") == ["a/b/c.txt", "a/z.txt", "b.txt"]
-    (tmp_path / "[a].txt").write_text("brackets")  # a name, before it is a glob
+    (tmp_path / "[a].txt").write_text("brackets")  # an existing file is not read as a glob
     assert texts("[a].txt") == ["brackets"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert texts("~/a/*.txt") == ["a/z.txt"]
 
 
-def test_no_files_no_source(tmp_path):
+def test_a_source_without_files_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "f.csv").touch()
-    for given_path, why in [
+    for given_path, problem in [
         ("none.txt", "no such file or folder"),
         ("*.txt", "no such file or folder"),
-        ("empty", "no file of stories there"),
-        ("f.csv", "not a file of stories"),
-        ("*.csv", "no file of stories there"),
+        ("empty", "no story files there"),
+        ("f.csv", "not a story file"),
+        ("*.csv", "no story files there"),
     ]:
-        said = refusal(tmp_path / given_path)
-        assert said.startswith(f"data.source={tmp_path / given_path}: {why}; give a file") and ".jsonl" in said
+        error = refusal(tmp_path / given_path)
+        assert error.startswith(f"data.source={tmp_path / given_path}: {problem}; give a file") and ".jsonl" in error
     (tmp_path / "s.txt").write_text("one")
-    said = refusal(tmp_path / "s.txt", validation=tmp_path / "v.txt")
-    assert said.startswith(f"data.validation={tmp_path}/v.txt: no such file or folder")
+    error = refusal(tmp_path / "s.txt", validation=tmp_path / "v.txt")
+    assert error.startswith(f"data.validation={tmp_path}/v.txt: no such file or folder")
 
 
 @pytest.mark.parametrize(
     "name",
     ["stories/", "./stories", "../a", "a/b/c", "/a/b", "data/tom.txt", "data/tom.parquet", "a/*", "tiny", "a/b@"],
 )
-def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+def test_a_missing_path_is_not_requested_from_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal(name).startswith(f"data.source={name}: no such file or folder; give a file, folder or glob (.jsonl")
 
 
-def test_files_go_before_the_hub(tmp_path, monkeypatch):
+def test_local_files_have_priority_over_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("roneneldan/TinyStories").mkdir(parents=True)
     Path("roneneldan/TinyStories/s.txt").write_text("one")
-    Path("tinystories").write_text("not a kind of file that is read")
+    Path("tinystories").write_text("not a format that is read")
     assert texts("roneneldan/TinyStories") == ["one"]
-    assert refusal("tinystories").startswith("data.source=tinystories: not a file of stories")
+    assert refusal("tinystories").startswith("data.source=tinystories: not a story file")
 
 
 def parquet(path: Path, **columns: list) -> Path:
@@ -199,60 +199,62 @@ def test_parquet_is_read_row_by_row(tmp_path):
     parquet(tmp_path / "c.PARQUET", text=["last"])
     source = open_source(config_of(tmp_path))
     for _ in range(2):
-        places = []
-        found = [places.append(source.position) or document.text for document in source]
+        found, positions = [], []
+        for document in source:
+            found.append(document.text)
+            positions.append(source.position)
         assert found == ["first", *(s for s in stories if s.strip()), "last"] and source.empty == 2
-        assert places == sorted(places) and len(set(places)) > 15
+        assert positions == sorted(positions) and len(set(positions)) > 15
         assert source.position == source.total == sum(p.stat().st_size for p in tmp_path.iterdir())
 
 
-def test_parquet_without_the_text_is_named(tmp_path):
+def test_a_parquet_file_without_the_text_field_is_refused(tmp_path):
     path = parquet(tmp_path / "s.parquet", story=["one"], id=[1], title=["t"])
     assert texts(path, text_field="story") == ["one"]
-    assert refusal(path) == f"{path}: data.text_field=text is no text there; " + (
-        "text stands in: story, title (data.text_field=...)"
+    assert refusal(path) == (
+        f"{path}: data.text_field=text is not a field with text; set data.text_field to a field with text: story, title"
     )
-    assert "no field holds text" in refusal(parquet(tmp_path / "n.parquet", text=[1, 2]))
+    assert "no field contains text" in refusal(parquet(tmp_path / "n.parquet", text=[1, 2]))
     path = parquet(tmp_path / "m.parquet", text=["one", "two", None])
     assert refusal(path).startswith(f"{path}, row 3: no text in data.text_field=text; ")
     write_table(pyarrow.Table.from_arrays([pyarrow.array(["one"])] * 2, ["text", "text"]), path)
-    assert refusal(path) == f"{path}: data.text_field=text names 2 columns there; rename all but one"
+    assert refusal(path) == f"{path}: data.text_field=text is the name of 2 columns; rename all but one"
     broken = pyarrow.array([b"one", b"caf\xe9"]).view(pyarrow.string())
     write_table(pyarrow.table({"text": broken}), path)
     assert refusal(path).startswith(f"{path}, row 2: not UTF-8")
 
 
-def test_a_damaged_parquet_is_named(tmp_path):
+def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = parquet(tmp_path / "s.parquet", text=[f"story {number * 7919}" for number in range(5000)])
     whole = path.read_bytes()
-    scratched = whole[:3000] + bytes(x ^ 255 for x in whole[3000:3200]) + whole[3200:]
-    for content in (b"", b"PAR1", b"no parquet at all, but text", whole[:-50], whole[: len(whole) // 2], scratched):
+    overwritten = whole[:3000] + bytes(x ^ 255 for x in whole[3000:3200]) + whole[3200:]
+    for content in (b"", b"PAR1", b"no parquet at all, but text", whole[:-50], whole[: len(whole) // 2], overwritten):
         path.write_bytes(content)
-        assert refusal(path).startswith(f"{path}: the parquet is cut or damaged after row ")
+        assert refusal(path).startswith(f"{path}: the parquet file is truncated or damaged after row ")
 
 
 def test_memory_does_not_grow_with_a_parquet_file(tmp_path):
     stories = [f"story {number} " + "word " * 200 for number in range(20_000)]
     write_table(pyarrow.table({"text": stories}), tmp_path / "s.parquet", use_dictionary=False)  # in one row group
     size, before = sum(map(len, stories)), pyarrow.total_allocated_bytes()
-    most = max(pyarrow.total_allocated_bytes() for _ in open_source(config_of(tmp_path))) - before
-    assert most < 6e6 < size / 3
+    peak = max(pyarrow.total_allocated_bytes() for _ in open_source(config_of(tmp_path))) - before
+    assert peak < 6e6 < size / 3
 
 
-def test_clean_repairs_before_anything_else_looks(tmp_path):
+def test_texts_are_repaired_before_they_are_split(tmp_path):
     (tmp_path / "s.jsonl").write_bytes(jsonl("â€œOne.â€", "Two.\n<|endoftext|>\nThree.", "“One.”", "<|endoftext|>"))
     config = config_of(tmp_path, clean="true")
     source = open_source(config)
     for _ in range(2):
         documents = list(source)
         assert [d.text for d in documents] == ["“One.”", "Two.", "Three.", "“One.”"] and source.empty == 1
-        assert documents[0].split == documents[3].split == side("“One.”", 0.5)
+        assert documents[0].split == documents[3].split == split_of("“One.”", 0.5)
         assert str(source.cleaner).startswith("2 sequences of mojibake repaired in 1 texts, 2 texts split")
     assert settings_of(config) != settings_of(config_of(tmp_path))
     assert texts(tmp_path) == ["â€œOne.â€", "Two.\n<|endoftext|>\nThree.", "“One.”", "<|endoftext|>"]
 
 
-def test_by_itself_a_source_of_files_holds_out_a_fiftieth(tmp_path):
+def test_by_default_files_hold_out_a_fiftieth(tmp_path):
     (tmp_path / "s.jsonl").write_bytes(jsonl(*(f"story {number}" for number in range(500))))
     assert list(open_source(config_of(tmp_path, "auto"))) == list(open_source(config_of(tmp_path, "0.02")))
 
@@ -273,31 +275,32 @@ def test_a_validation_path_is_not_trained_on(tmp_path, monkeypatch):
         assert held_out == {"a.txt", "b.txt", "val/c.txt"} - set(train) or source == "*.txt" and held_out == {"b.txt"}
     os.symlink("b.txt", "link.txt")
     assert "link.txt" not in open_source(config_of(".", "b.txt")).fingerprint()
-    assert "takes every file of data.source=." in refusal(".", validation=".")
+    assert "includes every file of data.source=." in refusal(".", validation=".")
 
 
-def test_the_hash_of_a_text_decides_its_side(tmp_path):
+def test_the_hash_of_a_text_determines_its_split(tmp_path):
     golden = {"one": VALIDATION, "two": TRAIN, "three": VALIDATION, "漢": VALIDATION}
-    assert {text: side(text, 0.5) for text in golden} == golden
+    assert {text: split_of(text, 0.5) for text in golden} == golden
     stories = [f"story {number}" for number in range(4000)]
     (tmp_path / "s.jsonl").write_bytes(jsonl(*stories, *stories))
     documents = list(open_source(config_of(tmp_path / "s.jsonl", "0.1")))
-    sides = {document.text: set() for document in documents}
+    splits = {document.text: set() for document in documents}
     for document in documents:
-        sides[document.text].add(document.split)
-    assert len(sides) == 4000 and all(len(both) == 1 for both in sides.values())
-    assert 340 < sum(both == {VALIDATION} for both in sides.values()) < 460
+        splits[document.text].add(document.split)
+    assert len(splits) == 4000 and all(len(found) == 1 for found in splits.values())
+    assert 340 < sum(found == {VALIDATION} for found in splits.values()) < 460
     train_texts = list(open_source(config_of(tmp_path / "s.jsonl", "0.1")).training_texts())
     assert train_texts == [d.text for d in documents if d.split == TRAIN]
 
 
-def test_a_larger_fraction_holds_out_more_of_the_same():
+def test_a_larger_fraction_holds_out_more_stories():
     stories = [f"story {number}" for number in range(500)]
-    few, many = ({s for s in stories if side(s, f) == VALIDATION} for f in (0.1, 0.4))
-    assert few < many
+    small = {text for text in stories if split_of(text, 0.1) == VALIDATION}
+    large = {text for text in stories if split_of(text, 0.4) == VALIDATION}
+    assert small < large
 
 
-def test_fingerprints_tell_contents_apart(tmp_path):
+def test_a_changed_file_changes_the_fingerprint(tmp_path):
     for name in ("a.txt", "b/a.txt", "v.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -308,16 +311,16 @@ def test_fingerprints_tell_contents_apart(tmp_path):
     os.utime(tmp_path / "a.txt", (0, 0))
     assert open_source(config).fingerprint() == first
     (tmp_path / "a.txt").write_text("c.txt")
-    assert [name for name, was in first.items() if open_source(config).fingerprint()[name] != was] == ["a.txt"]
+    assert [name for name, old in first.items() if open_source(config).fingerprint()[name] != old] == ["a.txt"]
 
 
-def test_progress_runs_from_nothing_to_all(tmp_path):
+def test_the_position_grows_to_the_total(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(*(f"story {n}" for n in range(20_000))))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(*(f"story {n}" for n in range(20_000)))))
     source = open_source(config_of(tmp_path))
-    places = [source.position for _ in source]
-    assert places == sorted(places) and places[0] < 0.6 * source.total and len(set(places)) > 4
-    assert source.position == source.total == sum(p.stat().st_size for p in find("data.source", str(tmp_path)))
+    positions = [source.position for _ in source]
+    assert positions == sorted(positions) and positions[0] < 0.6 * source.total and len(set(positions)) > 4
+    assert source.position == source.total == sum(p.stat().st_size for p in find_files("data.source", str(tmp_path)))
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path):
@@ -339,7 +342,7 @@ def test_the_storybook_is_a_source():
     assert [d.text for d in documents] == [story(0, index) for index in range(200)]
     assert {d.split for d in documents} == {TRAIN, VALIDATION} and (source.position, source.empty) == (200, 0)
     for document in documents:
-        assert document.split == side(document.text, 0.2)
+        assert document.split == split_of(document.text, 0.2)
         assert document.log_prob == (log_prob(document.text) if document.split == VALIDATION else None)
     assert list(source.training_texts()) == [d.text for d in documents if d.split == TRAIN]
     more = open_source(config_of("storybook", "0.2", stories=201)).fingerprint()

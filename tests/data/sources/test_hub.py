@@ -15,8 +15,8 @@ import pytest
 from pyarrow.parquet import write_table
 
 from data.shards import Corpus
-from data.sources.base import side
-from tests.support.hub_server import Hub, commit_of
+from data.sources.base import split_of
+from tests.support.hub_server import HubServer, commit_of
 
 ROOT = Path.cwd()
 STORIES = [f"Tom number {n} saw a big dog in the park.\n\nHe was glad. “Hi,” he said." for n in range(700)]
@@ -40,7 +40,7 @@ TINY = {
     "data/validation-00000-of-00001.parquet": parquet(text=OWN),
 }
 WHOLE = parquet(text=STORIES)
-HOLE = WHOLE[:400] + bytes(50) + WHOLE[450:]
+DAMAGED = WHOLE[:400] + bytes(50) + WHOLE[450:]
 ROWS = gzip.compress("".join(f'{{"text": "{number}"}}\n' for number in range(700)).encode())
 REPOSITORIES = {
     "roneneldan/TinyStories": {"main": TINY, "v0": TINY | {"data/train-00001-of-00002.parquet": WHOLE}},
@@ -52,7 +52,7 @@ REPOSITORIES = {
     "me/nothing": {"main": {"README.md": b"soon"}},
     "me/code": {"main": {"code.py": b"open('it-ran', 'w')", "train.parquet": WHOLE}},
     "me/cut": {"main": {"data/train-0-of-2.parquet": WHOLE, "data/train-1-of-2.parquet": WHOLE[:-50]}},
-    "me/damaged": {"main": {"data/train-0-of-2.parquet": WHOLE, "data/train-1-of-2.parquet": HOLE}},
+    "me/damaged": {"main": {"data/train-0-of-2.parquet": WHOLE, "data/train-1-of-2.parquet": DAMAGED}},
     "me/gzip": {"main": {"data/train-0.jsonl.gz": ROWS, "data/train-1.jsonl.gz": ROWS[:-200]}},
     "me/latin": {"main": {"train.txt": "café\n".encode("latin-1") * 9}},
     "me/configs": {
@@ -74,21 +74,22 @@ REPOSITORIES = {
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with Hub(REPOSITORIES) as hub:
+def hub() -> Iterator[HubServer]:
+    with HubServer(REPOSITORIES) as hub:
         yield hub
 
 
 @pytest.fixture
 def prepare(hub, tmp_path_factory, tmp_path):
-    """Runs the command in a folder of its own, with a cache that all tests share."""
+    """Runs the command in a folder of this test, with a cache that all tests share."""
     home = tmp_path_factory.getbasetemp() / "hf"
 
-    def run(source: str, validation: str | None = None, *words: str, **environment: str) -> subprocess.CompletedProcess:
-        words = ("data.dir=corpus", "data.vocab_size=330", *words)
-        words += (f"data.validation={validation}",) * bool(validation)
+    def run(source: str, validation: str | None = None, *more: str, **environment: str) -> subprocess.CompletedProcess:
+        settings = [f"data.source={source}", "data.dir=corpus", "data.vocab_size=330", *more]
+        if validation:
+            settings.append(f"data.validation={validation}")
         return subprocess.run(
-            [sys.executable, "-m", "data.prepare", f"data.source={source}", *words],
+            [sys.executable, "-m", "data.prepare", *settings],
             env=hub.environment(home, PYTHONPATH=str(ROOT), HF_TOKEN="hf_secret") | environment,
             cwd=tmp_path,
             capture_output=True,
@@ -115,52 +116,52 @@ def stories(folder: Path, name: str) -> list[str]:
 
 @pytest.mark.slow
 def test_tinystories_becomes_a_corpus(prepare, hub, tmp_path):
-    hub.asked.clear()
+    hub.requests.clear()
     run = prepare("tinystories")
     assert run.returncode == 0 and run.stderr.splitlines()[-1] == "encoding: done", run.stderr
-    assert run.stdout.startswith("corpus: 700 + 20 stories, ") and "1 empty ones passed over" in run.stdout
+    assert run.stdout.startswith("corpus: 700 + 20 stories, ") and "1 empty stories skipped" in run.stdout
     assert "examples/s" not in run.stderr and "hf_secret" not in run.stdout + run.stderr
     assert stories(tmp_path / "corpus", "train") == STORIES and stories(tmp_path / "corpus", "validation") == OWN
     manifest = Corpus.open(tmp_path / "corpus").manifest
     assert manifest.source == {"roneneldan/TinyStories": f"commit {commit_of(TINY)}"}
-    assert [path for method, path in hub.asked if method == "GET" and path.endswith("00000-of-00002.parquet")], (
-        hub.asked
+    assert [path for method, path in hub.requests if method == "GET" and path.endswith("00000-of-00002.parquet")], (
+        hub.requests
     )
 
-    # once more: it is asked whether it is still the same, and read from the cache
-    hub.asked.clear()
-    again = prepare("tinystories")
-    assert again.stdout.startswith("ready: corpus holds the 720 stories")
-    about = [path for _, path in hub.asked if "TinyStories" in path]  # the client asks more, of its own accord
-    assert about == ["/api/datasets/roneneldan/TinyStories"]
+    # the second time only the commit is requested, and the data is read from the cache
+    hub.requests.clear()
+    repeated = prepare("tinystories")
+    assert repeated.stdout.startswith("ready: corpus already holds 720 stories")
+    paths = [path for _, path in hub.requests if "TinyStories" in path]  # the client also sends other requests
+    assert paths == ["/api/datasets/roneneldan/TinyStories"]
     (tmp_path / "corpus").rename(tmp_path / "first")
     assert prepare("roneneldan/TinyStories").returncode == 0
-    assert not [path for _, path in hub.asked if path.endswith(".parquet")]
+    assert not [path for _, path in hub.requests if path.endswith(".parquet")]
     first, second = (Corpus.open(tmp_path / name) for name in ("first", "corpus"))
     assert first.hash == second.hash
 
-    # away from the hub the corpus stands; at another commit it is another
-    away = prepare("roneneldan/TinyStories", HF_ENDPOINT="http://127.0.0.1:9")
-    assert away.stdout.startswith("ready") and "the corpus stands for it" in away.stderr
-    said = refusal(prepare("roneneldan/TinyStories@v0"))
-    assert "data.source roneneldan/TinyStories -> roneneldan/TinyStories@v0" in said
+    # without the hub the finished corpus is used; for another commit it is refused
+    offline = prepare("roneneldan/TinyStories", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.stdout.startswith("ready") and "using the finished corpus in corpus" in offline.stderr
+    error = refusal(prepare("roneneldan/TinyStories@v0"))
+    assert "data.source roneneldan/TinyStories -> roneneldan/TinyStories@v0" in error
 
 
 @pytest.mark.slow
-def test_data_that_changed_on_the_hub_is_noticed(prepare, hub, tmp_path, monkeypatch):
+def test_a_data_set_that_changed_on_the_hub_is_refused(prepare, hub, tmp_path, monkeypatch):
     assert prepare("me/lines").returncode == 0
     monkeypatch.setitem(hub.repositories, "me/lines", {"main": {"train.txt": b"another"}})
     old = commit_of(REPOSITORIES["me/parted"]["main"])
-    said = refusal(prepare("me/lines"))
-    assert "me/lines: commit " in said and "give another data.dir" in said and old not in said
+    error = refusal(prepare("me/lines"))
+    assert "me/lines: commit " in error and "give another data.dir" in error and old not in error
 
 
 @pytest.mark.slow
-def test_what_is_held_out(prepare, tmp_path):
+def test_validation_may_be_a_split_a_fraction_or_a_path(prepare, tmp_path):
     assert prepare("tinystories", "0.2", "data.dir=fraction").returncode == 0
     train, validation = (stories(tmp_path / "fraction", name) for name in ("train", "validation"))
-    assert train == [s for s in STORIES if side(s, 0.2) == "train"]
-    assert validation == [s for s in STORIES if side(s, 0.2) == "validation"]
+    assert train == [s for s in STORIES if split_of(s, 0.2) == "train"]
+    assert validation == [s for s in STORIES if split_of(s, 0.2) == "validation"]
 
     (tmp_path / "mine.txt").write_text("Mine.\n<|endoftext|>\n\n<|endoftext|>\nIt’s mine.")
     assert prepare("tinystories", "mine.txt", "data.dir=path").returncode == 0
@@ -171,12 +172,12 @@ def test_what_is_held_out(prepare, tmp_path):
 
     assert prepare("me/lines", None, "data.dir=lines").returncode == 0  # it has no validation split
     lines = [s.replace("\n", " ") for s in STORIES]
-    assert stories(tmp_path / "lines", "validation") == [s for s in lines if side(s, 0.02) == "validation"]
-    assert stories(tmp_path / "lines", "train") == [s for s in lines if side(s, 0.02) == "train"]
+    assert stories(tmp_path / "lines", "validation") == [s for s in lines if split_of(s, 0.02) == "validation"]
+    assert stories(tmp_path / "lines", "train") == [s for s in lines if split_of(s, 0.02) == "train"]
 
 
 @pytest.mark.slow
-def test_a_revision_and_a_config_are_read_by_name(prepare, tmp_path):
+def test_a_revision_or_config_can_be_selected(prepare, tmp_path):
     assert prepare("tinystories@v0", None, "data.dir=v0").returncode == 0
     assert stories(tmp_path / "v0", "train") == [*STORIES[:300], *STORIES]
     assert prepare("me/configs:few", None, "data.dir=few").returncode == 0
@@ -184,92 +185,103 @@ def test_a_revision_and_a_config_are_read_by_name(prepare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source, begins, names",
+    "source, prefix, part",
     [
         ("tinystories@v9", "data.source=tinystories@v9: ", "the data set has no revision v9; "),
         ("me/none", "data.source=me/none: ", "no such file or folder, and no data set me/none on the hub "),
         ("me--a/x", "data.source=me--a/x: ", "no such file or folder, and no data set me--a/x on the hub "),
     ],
 )
-def test_what_does_not_exist_is_said_before_anything_is_loaded(prepare, source, begins, names):
-    said = refusal(prepare(source))
-    assert said.startswith(begins) and names in said
+def test_a_missing_data_set_gives_one_line(prepare, source, prefix, part):
+    error = refusal(prepare(source))
+    assert error.startswith(prefix) and part in error
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "source, begins, names",
+    "source, prefix, part",
     [
-        ("me/field", "me/field, train: data.text_field=text is no text", "text stands in: story, title"),
+        (
+            "me/field",
+            "me/field, train: data.text_field=text is not a field with text",
+            "a field with text: story, title",
+        ),
         ("me/null", "me/null, train, row 701: ", "no text in data.text_field=text"),
-        ("me/test", "data.source=me/test: ", "no split train, but test"),
+        ("me/test", "data.source=me/test: ", "no split train, only test"),
         ("me/nothing", "data.source=me/nothing: ", "doesn't contain any data files"),
         ("me/code", "data.source=me/code: ", "scripts are no longer supported"),
-        ("me/cut", "data.source=me/cut: data/train-1-of-2.parquet: ", "the parquet is cut or damaged after row 0"),
+        (
+            "me/cut",
+            "data.source=me/cut: data/train-1-of-2.parquet: ",
+            "the parquet file is truncated or damaged after row 0",
+        ),
         (
             "me/damaged",
             "data.source=me/damaged: data/train-1-of-2.parquet: ",
-            "the parquet is cut or damaged after row 0",
+            "the parquet file is truncated or damaged after row 0",
         ),
-        ("me/gzip", "data.source=me/gzip: data/train-1.jsonl.gz: ", "the gzip is cut or damaged after line "),
+        (
+            "me/gzip",
+            "data.source=me/gzip: data/train-1.jsonl.gz: ",
+            "the gzip file is truncated or damaged after line ",
+        ),
         ("me/latin", "data.source=me/latin: train.txt, line 1: ", "not UTF-8"),
         ("me/configs", "data.source=me/configs: ", "['all', 'few']; write me/configs:CONFIG"),
         ("me/configs:some", "data.source=me/configs:some: ", "['all', 'few']; write me/configs:CONFIG"),
-        ("me/count", "data.source=me/count: ", "not as many rows came as it says (train: 701)"),
-        ("me/parted", "me/parted, train: ", "rows are lines and no stories; download the file and give its path"),
+        ("me/count", "data.source=me/count: ", "the number of rows differs from the declared number (train: 701)"),
+        ("me/parted", "me/parted, train: ", "rows are lines, not stories; download the file and give its path"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(prepare, tmp_path, source, begins, names):
-    said = refusal(prepare(source))
-    assert said.startswith(begins) and names in said
+def test_an_unreadable_data_set_gives_one_line(prepare, tmp_path, source, prefix, part):
+    error = refusal(prepare(source))
+    assert error.startswith(prefix) and part in error
     assert not (tmp_path / "it-ran").exists()
 
 
 @pytest.mark.slow
-def test_rows_that_went_missing_in_the_cache_are_noticed(prepare, hub, tmp_path, tmp_path_factory, monkeypatch):
+def test_rows_that_are_missing_in_the_cache_are_noticed(prepare, hub, tmp_path, tmp_path_factory, monkeypatch):
     for name, rows in (("more", STORIES), ("less", STORIES[:699])):
         monkeypatch.setitem(hub.repositories, f"me/{name}", {"main": {"train.parquet": parquet(text=rows)}})
         assert prepare(f"me/{name}", None, f"data.dir={name}").returncode == 0
-    (more,), (less,) = (
-        list((tmp_path_factory.getbasetemp() / "hf" / "datasets" / f"me___{name}").rglob(f"{name}-train.arrow"))
-        for name in ("more", "less")
-    )
+    cache = tmp_path_factory.getbasetemp() / "hf" / "datasets"
+    (more,) = (cache / "me___more").rglob("more-train.arrow")
+    (less,) = (cache / "me___less").rglob("less-train.arrow")
     more.write_bytes(less.read_bytes())
-    said = refusal(prepare("me/more"))
-    assert said.startswith("me/more, train: 699 rows came where the data set says 700; try again")
+    error = refusal(prepare("me/more"))
+    assert error.startswith("me/more, train: read 699 rows, but the data set declares 700; try again")
 
 
 @pytest.mark.slow
-def test_data_clean_tells_what_it_did(prepare, hub, monkeypatch, tmp_path):
+def test_data_clean_reports_its_repairs(prepare, hub, monkeypatch, tmp_path):
     damaged = [*STORIES, "It was â€œgoodâ€.", "One.\n<|endoftext|>\nTwo."]
     monkeypatch.setitem(hub.repositories, "me/damaged", {"main": {"train.parquet": parquet(text=damaged)}})
     run = prepare("me/damaged", None, "data.clean=true")
     assert run.returncode == 0
-    told = "data.clean: 2 sequences of mojibake repaired in 1 texts, 1 texts split at <|endoftext|>"
-    assert run.stderr.splitlines()[-1] == told
+    report = "data.clean: 2 sequences of mojibake repaired in 1 texts, 1 texts split at <|endoftext|>"
+    assert run.stderr.splitlines()[-1] == report
     found = stories(tmp_path / "corpus", "train") + stories(tmp_path / "corpus", "validation")
     assert sorted(found) == sorted([*STORIES, "It was “good”.", "One.", "Two."])
     assert "data.clean True -> False" in refusal(prepare("me/damaged"))
 
 
-def test_without_a_network_it_says_what_works(prepare):
+def test_without_a_network_the_error_names_local_sources(prepare):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    said = refusal(prepare("tinystories", HF_ENDPOINT=f"http://127.0.0.1:{port}"))
-    assert said.startswith("data.source=tinystories: the hub gives no answer (ConnectError")
-    assert "`storybook`" in said and ".jsonl, .parquet or .txt" in said
+    error = refusal(prepare("tinystories", HF_ENDPOINT=f"http://127.0.0.1:{port}"))
+    assert error.startswith("data.source=tinystories: the hub did not answer (ConnectError")
+    assert "`storybook`" in error and ".jsonl, .parquet or .txt" in error
     assert "HF_HUB_OFFLINE is set" in refusal(prepare("tinystories", HF_HUB_OFFLINE="1"))
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers_is_not_waited_for(prepare):
+def test_a_hub_that_never_answers_times_out(prepare):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
-        said = refusal(prepare("tinystories", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}"))
-    assert time.monotonic() - began < 20 and "the hub gives no answer" in said
+        start = time.monotonic()
+        error = refusal(prepare("tinystories", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    assert time.monotonic() - start < 20 and "the hub did not answer" in error
 
 
-def test_help_and_files_need_no_datasets(tmp_path):
+def test_files_need_neither_datasets_nor_pyarrow(tmp_path):
     (tmp_path / "s.txt").write_text("one")
     code = "import sys; from data.prepare import main; from data.config import DataConfig; import data.sources.open; "
     code += "list(data.sources.open.open_source(DataConfig(source=sys.argv[1]))); "

@@ -30,8 +30,8 @@ class Case:
         config = read_config(self.path, list(self.words))
         p, ranks = config.parallel, self.machine.ranks
         degrees = mesh.degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
-        share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, ranks)
-        return memory_needed(config, config.data.vocab_size, self.dtype, degrees, share)
+        layout = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, ranks)
+        return memory_needed(config, config.data.vocab_size, self.dtype, degrees, layout)
 
     def record(self, simulation: Simulation, name: str) -> counts.Recording:
         """Some steps of at most MICRO_BATCHES micro-batches."""

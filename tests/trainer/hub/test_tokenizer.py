@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.settings import UserError
 from data.sources.storybook import story
 from data.tokenizer import Tokenizer, train
-from tests.data.test_tokenizer import NASTY, STORIES, TEXTS, model_of_others
+from tests.data.test_tokenizer import NASTY, STORIES, TEXTS, train_other_model
 from trainer.hub.tokenizer import convert, export_tokenizer
 
 pytest.importorskip("tokenizers", reason="the extra `hub` is not installed")
@@ -142,7 +142,7 @@ def test_special_tokens_may_have_other_ids_and_names(tmp_path):
     """bos is 0 and there is no pad, so the ids must be read from the model."""
     ids = {"bos_id": 0, "eos_id": 3, "unk_id": 1, "pad_id": -1, "bos_piece": "<begin of>", "eos_piece": "[END]"}
     plain = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
-    other = Tokenizer(model_of_others(tmp_path / "m.model", **ids, **plain))
+    other = Tokenizer(train_other_model(tmp_path / "m.model", **ids, **plain))
     export_tokenizer(other, tmp_path, 10)
     converted = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
     special = (converted.bos_token_id, converted.eos_token_id, converted.unk_token_id, converted.pad_token_id)
@@ -164,7 +164,7 @@ def test_a_model_like_that_of_llama_2_has_the_same_ids(llama2, text):
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama2")
-    tokenizer = Tokenizer(model_of_others(folder / "m.model", **LLAMA2))
+    tokenizer = Tokenizer(train_other_model(folder / "m.model", **LLAMA2))
     export_tokenizer(tokenizer, folder, 10)
     return tokenizer, convert(tokenizer)
 
@@ -181,7 +181,7 @@ def test_a_model_without_byte_pieces_has_the_same_ids(no_bytes, text):
 def no_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("no_bytes") / "m.model"
     more = dict(byte_fallback=False, vocab_size=60, add_dummy_prefix=False, remove_extra_whitespaces=False)
-    tokenizer = Tokenizer(model_of_others(path, **more))
+    tokenizer = Tokenizer(train_other_model(path, **more))
     return tokenizer, convert(tokenizer)
 
 
@@ -195,7 +195,7 @@ def no_bytes(tmp_path_factory):
     ],
 )
 def test_models_that_cannot_be_converted_are_refused(tmp_path, more, why):
-    tokenizer = Tokenizer(model_of_others(tmp_path / "m.model", **{"remove_extra_whitespaces": False} | more))
+    tokenizer = Tokenizer(train_other_model(tmp_path / "m.model", **{"remove_extra_whitespaces": False} | more))
     with pytest.raises(UserError, match=rf"m\.model: cannot be converted to tokenizer\.json, because {why}"):
         export_tokenizer(tokenizer, tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["m.model"]

@@ -81,7 +81,8 @@ def run(name: str, settings: Sequence[str], out: Path) -> Result:
     if not cost_file.exists():  # a run that was already finished keeps the cost of its training
         cost_file.write_text(json.dumps(cost))
     cost = json.loads(cost_file.read_text())
-    if "resumed from step" in cost["output"]:
+    output = cost["output"] if "output" in cost else cost["said"]  # the name of the key in files of earlier versions
+    if "resumed from step" in output:
         cost["cpu"] = cost["wall"] = math.nan
 
     lines = read_lines(folder / "metrics.jsonl")
@@ -91,7 +92,7 @@ def run(name: str, settings: Sequence[str], out: Path) -> Result:
         seconds[line["step"]] = seconds[line["step"] - 1] + line["step_seconds"]
     last_tenth = steps[-len(steps) // 10 :]
     loads = [line["expert_load_max"] for line in last_tenth if line.get("expert_load_max")]
-    valid = [line for line in cost["output"].splitlines() if "sentences in" in line]
+    valid = [line for line in output.splitlines() if "sentences in" in line]
     return Result(
         name=name,
         evals=[(seconds[line["step"]], line["excess"]) for line in lines if line["kind"] == "eval"],

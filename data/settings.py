@@ -94,14 +94,14 @@ def parse_word(word: str) -> tuple[list[str], Any]:
 def read(sections: Mapping[str, type[BaseModel]], path: str | Path | None, words: Sequence[str] = ()) -> dict[str, Any]:
     """File, then words over it, checked against `sections`; sections of other packages are passed over.
 
-    Keys that a section names in `alternatives` exclude one another: the last one given wins over an earlier layer.
+    Keys in the `mutually_exclusive` of a section exclude one another: the last one given wins over an earlier layer.
     Raises ConfigError.
     """
     raw = load_file(path) if path else {}
     for word in words:
         keys, value = parse_word(word)
         at = raw.setdefault(keys[0], {})
-        rivals = getattr(sections.get(keys[0]), "alternatives", ())
+        rivals = getattr(sections.get(keys[0]), "mutually_exclusive", ())
         if keys[1] in rivals:
             for rival in rivals:
                 at.pop(rival, None)

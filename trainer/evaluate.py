@@ -5,15 +5,13 @@ tokens after bos, eos included; what exceeds seq_len is cut and counted. Where t
 corpus's true cross-entropy is the floor, and `excess` is what the model loses against it.
 """
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.cli import add_device
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 
 if TYPE_CHECKING:
     from data.shards import Corpus, Split
@@ -112,8 +110,8 @@ def describe(line: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    parser = Parser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
+    add_checkpoint(parser)
     parser.add_argument("--data", help="folder of a prepared corpus (default: the run's)")
     parser.add_argument("--split", default="validation", choices=["validation", "train"])
     parser.add_argument("--batches", default="all", help="all, or a number of micro_batch_size stories each")
@@ -140,6 +138,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     sys.exit(guarded(main))

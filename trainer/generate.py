@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.settings import Parser, UserError
+from data.settings import UserError
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 from trainer.fault_tolerance.launcher import exit_now
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def texts_of(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m trainer.generate", description="Continue prompts.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    add_checkpoint(parser)
     parser.add_argument("--prompt", action="append", help="the beginning (Once upon a time); again: one more story")
     defaults = Sampling()
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="(%(default)s)")
@@ -181,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the first prompt, then + 1 (%(default)s)")
     from trainer.checkpoint.load import load_model
-    from trainer.cli import add_device
 
     add_device(parser)
     args = vars(parser.parse_args(argv))
@@ -206,6 +205,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     exit_now(guarded(main))

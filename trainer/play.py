@@ -8,7 +8,6 @@
 3. `markup` makes HTML of it, text escaped; `page` puts knobs beside it, `serve` gives it out.
 """
 
-import argparse
 import errno
 import ipaddress
 import json
@@ -23,11 +22,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.settings import UserError
 from data.tokenizer import StreamDecoder
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 from trainer.fault_tolerance.launcher import exit_now
 from trainer.generate import Sampling, generate
 
@@ -304,12 +303,11 @@ def serve(blocks: "gradio.Blocks", n_experts: int, ear: socket.socket) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m trainer.play", description="A page that shows who takes each token.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    parser = Parser("python -m trainer.play", description="A page that shows who takes each token.")
+    add_checkpoint(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]}")
     from trainer.checkpoint.load import load_model
-    from trainer.cli import add_device
 
     add_device(parser)
     args = parser.parse_args(argv)
@@ -332,6 +330,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     exit_now(guarded(main))

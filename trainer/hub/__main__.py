@@ -1,12 +1,12 @@
 """The commands `python -m trainer.hub export` and `import`."""
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import UserError
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 
 
 def size_of(text: str) -> int:
@@ -18,18 +18,16 @@ def size_of(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m trainer.hub", description="To and from the Hugging Face layout.")
+    parser = Parser("python -m trainer.hub", description="To and from the Hugging Face layout.")
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a checkpoint -> a folder that transformers loads")
-    out.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    add_checkpoint(out)
     out.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     out.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     out.add_argument("--shard-size", default="5GB", help="of a file, at most: 200MB, 5GB (default: %(default)s)")
     out.add_argument("--plain", action="store_true", help="plain Llama 4, whatever it has no place for")
     out.add_argument("--data", help="prepared corpus to count on what a balance bias does (default: the run's)")
     out.add_argument("--batches", default="run", help="of it: all, a number, or none (default: the run's eval.batches)")
-    from trainer.cli import add_device
-
     add_device(out)
     into = commands.add_parser("import", help="such a folder -> a checkpoint to evaluate and generate with")
     into.add_argument("--from", type=Path, required=True, dest="source", help="a folder with config.json, safetensors")
@@ -51,6 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     sys.exit(guarded(main))

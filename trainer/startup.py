@@ -1,6 +1,6 @@
-"""From settings to a run that is ready for its next step: `start` is the one function that makes it so.
+"""The start of a run: `start` turns settings into a `Run` that is ready for its next step, new or resumed.
 
-It checks what can be checked before any process group is made, and then connects the processes, locks the run's
+It first checks everything that can be checked without a process group. Then it connects the processes, locks the run's
 folder, finds the checkpoint to resume from, builds the model, and loads the weights.
 """
 
@@ -37,18 +37,20 @@ from trainer.metrics import Reporter, read_lines
 from trainer.optimizer import LossScale, learning_rate, make_optimizer
 from trainer.run import Run
 
-DATA_ORDER_KEYS = ("train.global_batch_size", "train.seed", "data.seq_len", "data.pack")  # they decide the order
-VISIBILITY_TIMEOUT_S = 10.0  # that a shared file system may take to show a file of another host
-# Times run.timeout, for the collectives. The watchdog, which can say which rank is late, ends a run before that.
+# the order of the training rows depends on these settings
+DATA_ORDER_KEYS = ("train.global_batch_size", "train.seed", "data.seq_len", "data.pack")
+VISIBILITY_TIMEOUT_S = 10.0  # how long a shared file system may need to show a file that another host wrote
+# Collectives time out after this factor times run.timeout, so that the watchdog, which names the late rank, is first.
 COLLECTIVE_TIMEOUT_FACTOR = 4
-_restart_count = itertools.count()  # of the runs of this process
+_restart_count = itertools.count()  # of runs in this process
 
 
 def start(config: Config, stop: StopFlag) -> Run:
-    """A run that is ready for its next step. `stop` hears the signals of this process.
+    """A run that is ready for its next step. `stop` receives the signals of this process.
 
-    Raises UserError; RankFailed if another rank failed; Stopped if a signal asked for the end meanwhile; and
-    AlreadyFinished if there is nothing left to do.
+    Raises UserError for a mistake of the user's, RankFailed if another rank failed, Stopped if a signal asked this run
+    to stop during the start, and AlreadyFinished if the run has no steps left. If anything is raised, all that was
+    opened is closed.
     """
     world = World.from_environment()
     watchdog = Watchdog(world.rank, world.size, stop, config.run.timeout, config.run.folder)
@@ -70,7 +72,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     if config.run.deterministic:
         machine.be_deterministic()
     device = machine.choose_device(config.run.device, world)
-    machine.choose_compile(config.train.compile, device)  # raises before there is anything to undo
+    machine.choose_compile(config.train.compile, device)  # raises ConfigError, before anything is connected
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
 
@@ -78,7 +80,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     rendezvous.connect(world, device, COLLECTIVE_TIMEOUT_FACTOR * config.run.timeout, store)
     resources.callback(rendezvous.disconnect)
 
-    watchdog.mark("taking the run's folder")
+    watchdog.mark("locking the run's folder")
     lock = lock_run_folder(config, world)
     if lock is not None:
         resources.callback(lock.release)
@@ -113,32 +115,38 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     run.saver = make_saver(run, lock)
     resources.callback(run.saver.close)
 
-    watchdog.mark("the first message")
+    watchdog.mark("waiting for all ranks")
+    # Before `enter`, the watchdogs end a stopped run on all ranks; afterwards the steps do. No rank may enter before
+    # rank 0, which decides which of the two it is.
     if world.rank == 0:
         watchdog.enter()
-    collectives.broadcast(None)  # rank 0 is past the point up to which all ranks end before the first step
+    collectives.broadcast(None)
     watchdog.enter()
     return run
 
 
 def _meet(config: Config, world: World, watchdog: Watchdog) -> Any:
-    """The store through which the processes of this start find one another; the watchdog starts with it."""
+    """Find the other processes of this start: the store that they share. Starts the watchdog, which uses it too."""
     try:
         store = rendezvous.find_others(world, config.run.timeout, lambda: watchdog.stop.asked and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
-    watchdog.begin(store and rendezvous.second_connection(store, f"watch/{next(_restart_count)}"))
+    prefix = f"watch/{next(_restart_count)}"
+    watchdog.begin(None if store is None else rendezvous.second_connection(store, prefix))
     return store
 
 
 def open_corpus(config: Config, world: World, device: torch.device) -> tuple[Corpus, Tokenizer, Loader, int]:
-    """The corpus, checked against the config, and the number of steps. Raises UserError."""
+    """The corpus, its tokenizer, the loader, and the number of steps of the run.
+
+    Raises UserError if the corpus is damaged, or does not fit the config.
+    """
     if config.train.global_batch_size < world.size:
         raise ConfigError(
             f"train.global_batch_size={config.train.global_batch_size}: fewer sequences than the {world.size} "
-            "processes; raise it or start fewer"
+            "processes; raise it or start fewer processes"
         )
-    degrees(config, world)
+    degrees(config, world)  # raises ConfigError
     corpus = Corpus.open(config.data.dir)
     corpus.check(config.data)
     tokenizer = corpus.tokenizer()
@@ -168,18 +176,25 @@ def number_of_steps(config: Config, rows: int) -> int:
 
 
 def lock_run_folder(config: Config, world: World) -> RunLock | None:
-    """The run's folder for this run alone; rank 0 holds the lock. Raises UserError, on all ranks together."""
-    folder, lock, error = config.run.folder, None, None
+    """Lock the run's folder, and check that all hosts see it. Returns the lock on rank 0, which holds it, else None.
+
+    Raises UserError on all ranks if the folder is in use or cannot be written.
+    """
+    folder = config.run.folder
+    lock = None
+    error = None
     if world.rank == 0:
         try:
             lock = RunLock(folder)
             remove_partial(folder / "checkpoints")
         except UserError as reason:
             error = str(reason)
-    lock_id, error = collectives.broadcast((lock and lock.id, error))
+    lock_id = None if lock is None else lock.id
+    lock_id, error = collectives.broadcast((lock_id, error))
     if error is None:
-        seen = sees(folder, lock_id, VISIBILITY_TIMEOUT_S)
-        if host := collectives.first_error(None if seen else gethostname()):
+        is_visible = sees(folder, lock_id, VISIBILITY_TIMEOUT_S)
+        host = collectives.first_error(None if is_visible else gethostname())
+        if host is not None:
             error = f"{folder}: {host} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
     if error is not None:
         if lock is not None:
@@ -189,10 +204,10 @@ def lock_run_folder(config: Config, world: World) -> RunLock | None:
 
 
 def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to resume from, None for a new run; and why newer checkpoints were skipped, a line each.
+    """The checkpoint to resume from (None for a new run), and a line for each newer one that was skipped.
 
-    Rank 0 looks. Raises UserError if there are checkpoints and none can be used, or if the folder belongs to another
-    model or corpus.
+    Rank 0 searches the folder. Raises UserError if there are checkpoints but none can be used, or if they are of
+    another model or corpus.
     """
     folder = config.run.folder
     found, skipped = collectives.broadcast(
@@ -204,9 +219,10 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
         return None, []
     manifest = found.manifest
     may_change = {f"model.{key}" for key in TRAINING_ONLY_KEYS}
-    differences = (d for d in changes(manifest["config"], config) if d.startswith("model."))
-    if other := [d for d in differences if d.partition(":")[0] not in may_change]:
-        raise UserError(f"{folder}: made with another model ({'; '.join(other)}); choose another run.name=")
+    changed = changes(manifest["config"], config)
+    refused = [line for key, line in changed.items() if key.startswith("model.") and key not in may_change]
+    if refused:
+        raise UserError(f"{folder}: made with another model ({'; '.join(refused)}); choose another run.name=")
     if manifest["tokenizer"] != tokenizer.hash:
         size = f"vocabulary {manifest['vocab_size']} -> {tokenizer.vocab_size}"
         raise UserError(f"{folder}: made with another tokenizer ({size}); choose another run.name=")
@@ -219,26 +235,30 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
 
 
 def _raise_if_finished(config: Config, found: Checkpoint | None, steps: int) -> None:
-    """Raises AlreadyFinished on all ranks if the run is over, its last evaluation included."""
+    """Raises AlreadyFinished on all ranks if the last step and the final evaluation are done."""
     if found is None:
         return
     folder = config.run.folder
-    ends = (x["step"] for x in read_lines(folder / "metrics.jsonl") if x.get("event") == "finished")
-    if collectives.broadcast(found.step > steps or (found.step == steps and found.step in ends)):
+    lines = read_lines(folder / "metrics.jsonl")
+    finished_steps = [line["step"] for line in lines if line.get("event") == "finished"]
+    is_finished = found.step > steps or (found.step == steps and found.step in finished_steps)
+    if collectives.broadcast(is_finished):
         hint = "set run.name= for another run, or train.steps= to continue this one"
         raise AlreadyFinished(f"{folder}: finished at step {found.step}; {hint}")
 
 
 def load_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights | None:
-    """The weights that `train.init_from` names, None if it is not set. Raises UserError on all ranks if one does."""
+    """The weights that `train.init_from` names, None if it is not set. Raises UserError on all ranks, if on one."""
     if config.train.init_from is None:
         return None
-    weights, error = None, None
+    weights = None
+    error = None
     try:
         weights = initial_weights(config.train.init_from, config.model, tokenizer.vocab_size)
     except UserError as reason:
         error = str(reason)
-    if error := collectives.first_error(error):
+    error = collectives.first_error(error)
+    if error is not None:
         raise UserError(error)
     return weights
 
@@ -246,12 +266,11 @@ def load_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
 def build(
     config: Config, world: World, device: torch.device, vocab_size: int, found: Checkpoint | None
 ) -> tuple[Transformer, torch.dtype]:
-    """The model on this rank, with its initial weights, and the dtype of its products."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    before = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
-    # `auto` may time a product, whose result may differ between ranks
-    requested = machine.choose_dtype(config.train.dtype, device, config.model.dim, before)
-    dtype = dtypes[collectives.broadcast(dtypes.index(requested))]
+    """This rank's part of the model, with initial weights, and the dtype of its matrix products."""
+    previous = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
+    # all ranks use rank 0's choice, because `auto` may time a product, and ranks may measure different times
+    chosen = machine.choose_dtype(config.train.dtype, device, config.model.dim, previous)
+    dtype = getattr(torch, collectives.broadcast(dtype_name(chosen)))
     model = build_model(
         config.model,
         vocab_size,
@@ -269,7 +288,7 @@ def build(
 def load_state(
     run: Run, found: Checkpoint | None, skipped: list[str], threads: int, weights: InitialWeights | None
 ) -> None:
-    """Load the checkpoint; or prepare the folder of a new run, and load its initial weights. Logs which, and how."""
+    """Load the checkpoint, or the initial weights of a new run; prepare the run's folder; log what was done."""
     config, folder = run.config, run.folder
     notes: list[str] = []
     if found is not None:
@@ -288,47 +307,44 @@ def load_state(
         run.reporter.file.cut(run.step if found else -1)
     run.reporter.log("new run" if found is None else f"resumed from step {run.step}")
     loss, loss_note = machine.choose_loss(config.train.liger, run.device)
-    run.model.head.loss = loss or run.model.head.loss
-    masks = config.data.mask_documents and not config.model.attention_dropout
-    notes += filter(
-        None,
-        (
-            loss_note,
-            machine.choose_compile(config.train.compile, run.device)[1],
-            machine.without_flex(run.device) if masks else None,
-            mesh.advice(run.world, config.model, run.degrees),
-        ),
-    )
-    for note in notes:
-        run.reporter.log(note)
+    if loss is not None:
+        run.model.head.loss = loss
+    _, compile_note = machine.choose_compile(config.train.compile, run.device)
+    uses_flex = config.data.mask_documents and not config.model.attention_dropout
+    flex_note = machine.without_flex(run.device) if uses_flex else None
+    mesh_note = mesh.advice(run.world, config.model, run.degrees)
+    for note in [*notes, loss_note, compile_note, flex_note, mesh_note]:
+        if note is not None:
+            run.reporter.log(note)
     run.reporter.log(describe(run, threads))
     run.reporter.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
 
 
 def describe(run: Run, threads: int) -> str:
-    """The run in one line: size, processes, dtype, steps."""
+    """The run in one line: parameters, processes, device, dtype, steps."""
     total, active = run.config.model.parameter_counts(run.tokenizer.vocab_size)
     d = run.degrees
     return (
-        f"{run.folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token; {run.world.size} processes "
-        f"on {run.device.type} (replicate {d.replicate} x shard {d.shard}, expert {d.expert}), {threads} threads "
+        f"{run.folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active per token; "
+        f"{run.world.size} processes on {run.device.type} (replicate {d.replicate} x shard {d.shard}, expert {d.expert}), {threads} threads "
         f"each, {dtype_name(run.dtype)}; {run.steps} steps of {run.config.train.global_batch_size} x "
         f"{run.config.data.seq_len} tokens"
     )
 
 
 def resume_notes(manifest: dict[str, Any], run: Run, threads: int) -> list[str]:
-    """What differs from the run that wrote the checkpoint, a line each."""
-    different = changes(manifest["config"], run.config)
-    notes = [f"changed since step {manifest['step']}: {d}" for d in different]
-    if manifest["corpus"] != run.corpus.hash or any(d.partition(":")[0] in DATA_ORDER_KEYS for d in different):
-        notes.append("the order of the data changes here: rows of this epoch may be repeated or left out")
+    """A line for each difference between this start and the one that wrote the checkpoint."""
+    changed = changes(manifest["config"], run.config)
+    notes = [f"changed since step {manifest['step']}: {line}" for line in changed.values()]
+    if manifest["corpus"] != run.corpus.hash or any(key in changed for key in DATA_ORDER_KEYS):
+        notes.append("the data order changes at this step: rows of this epoch may be repeated or skipped")
     if manifest["corpus"] != run.corpus.hash:
         notes.append(f"continuing on another corpus, {run.config.data.dir}")
-    before, after = (learning_rate(run.config.train, manifest["step"], n) for n in (manifest["steps"], run.steps))
-    if before != after:
+    old_rate = learning_rate(run.config.train, manifest["step"], manifest["steps"])
+    new_rate = learning_rate(run.config.train, manifest["step"], run.steps)
+    if old_rate != new_rate:
         steps = f"{run.steps} steps instead of {manifest['steps']}"
-        notes.append(f"the learning rate now decays over {steps}: it jumps here")
+        notes.append(f"the learning rate jumps from {old_rate:.2e} to {new_rate:.2e}, because it decays over {steps}")
     now = {
         "world": run.world.size,
         "degrees": asdict(run.degrees),
@@ -339,30 +355,37 @@ def resume_notes(manifest: dict[str, Any], run: Run, threads: int) -> list[str]:
     }
     moved = [f"{key} {manifest[key]} -> {value}" for key, value in now.items() if manifest[key] != value]
     if moved:
-        notes.append(f"from here on losses are equal to rounding, not bitwise: {', '.join(moved)}")
+        notes.append(
+            f"losses from here on differ by rounding from those of an uninterrupted run, because of {', '.join(moved)}"
+        )
     return notes
 
 
-def changes(before: dict[str, dict[str, Any]], config: Config) -> list[str]:
-    """`section.key: old -> new` for each setting that differs from those of a checkpoint."""
-    now = {name: section.model_dump() for name, section in config.sections().items()}
-    return [
-        f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if key in before.get(section, {}) and before[section][key] != value and section != "run"
-    ]
+def changes(before: dict[str, dict[str, Any]], config: Config) -> dict[str, str]:
+    """Settings that differ from those of a checkpoint: `section.key` -> `section.key: old -> new`.
+
+    The section `run` is not compared: it changes no results.
+    """
+    changed = {}
+    for name, section in config.sections().items():
+        if name == "run":
+            continue
+        old_values = before.get(name, {})
+        for key, value in section.model_dump().items():
+            if key in old_values and old_values[key] != value:
+                changed[f"{name}.{key}"] = f"{name}.{key}: {old_values[key]} -> {value}"
+    return changed
 
 
 def make_saver(run: Run, lock: RunLock | None) -> Saver:
-    """What saves the run. The result of each save is logged."""
+    """The object that saves checkpoints of the run. It logs the result of each save."""
 
     def log(step: int, seconds: float, error: str | None) -> None:
         if error is None:
             run.reporter.event(run.step, "saved", at=step, seconds=seconds)
             return
         run.reporter.event(run.step, "save failed", at=step, why=error)
-        run.reporter.log(f"checkpoint of step {step}: {error}; dropped on all ranks, the previous one stays")
+        run.reporter.log(f"checkpoint of step {step}: {error}; dropped on all ranks, the previous one is kept")
 
     saver = Saver(
         run.folder / "checkpoints",
@@ -373,13 +396,18 @@ def make_saver(run: Run, lock: RunLock | None) -> Saver:
         log,
     )
     saver.newest = run.step
-    if line := not_locked(collectives.gather(saver.image and saver.image.not_locked, saver.group)):
+    reason = None if saver.image is None else saver.image.not_locked
+    line = not_locked(collectives.gather(reason, saver.group))
+    if line is not None:
         run.reporter.log(line)
     return saver
 
 
 def not_locked(reasons: list[str | None]) -> str | None:
-    """The line for ranks whose staging memory could not be page-locked; reasons: why, of each rank, or None."""
+    """The line to log if the staging memory of some rank could not be page-locked.
+
+    reasons: why not, for each rank, or None if it could.
+    """
     failed = [why for why in reasons if why is not None]
     if not failed:
         return None
@@ -390,7 +418,7 @@ def not_locked(reasons: list[str | None]) -> str | None:
 
 
 def checkpoint_fields(run: Run) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run besides the tensors: what a resume needs or compares."""
+    """Fields of a checkpoint's manifest besides the tensors: what a resume restores or compares."""
     return {
         "config": {name: section.model_dump() for name, section in run.config.sections().items()},
         "steps": run.steps,

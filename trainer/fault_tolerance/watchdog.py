@@ -118,7 +118,7 @@ class Watchdog:
         Not where it waits for others, as in any step: one that waits for NCCL or for the GPU spins, and uses a whole
         core. New machines hang in their first messages.
         """
-        return self.place.step == 0 and self.place.phase not in ("connecting", "the first message")
+        return self.place.step == 0 and self.place.phase not in ("connecting", "waiting for all ranks")
 
     # the thread
 

@@ -28,7 +28,7 @@ def test_everything_at_once_is_bitwise_the_same(pool, corpus_dir, tmp_path):
 
 
 def test_the_loss_scale_goes_on_where_it_was(corpus_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(LossScale, "PATIENCE", 3)
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL_STEPS", 3)
     words = ["train.steps=9", "train.dtype=float16"]
     assert cases.run(corpus_dir, tmp_path, *words, "run.name=whole") == 0
     for stop in (2, 5, 9):
@@ -77,7 +77,7 @@ def test_a_chain_of_meshes_across_the_end_of_an_epoch(pool, corpus_dir, tmp_path
     capfd.readouterr()
     assert cases.run(corpus, tmp_path, *more) == 0
     np.testing.assert_allclose(cases.losses(tmp_path / "chain"), cases.losses(tmp_path / "whole"), rtol=1e-5)
-    said = [line for line in capfd.readouterr().out.splitlines() if "equal to rounding" in line]
+    said = [line for line in capfd.readouterr().out.splitlines() if "differ by rounding" in line]
     assert len(said) == 1 and "world 2 -> 1, degrees {" in said[0] and "torch" not in said[0]
 
 
@@ -93,8 +93,8 @@ def test_where_it_was_saved_and_goes_on_is_compared(corpus_dir, tmp_path, capsys
     words = ["run.name=r", "train.steps=4"]
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
     assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=3") == 0
-    assert "equal to rounding" not in capsys.readouterr().out
+    assert "differ by rounding" not in capsys.readouterr().out
     assert cases.run(corpus_dir, tmp_path, *words, "run.threads=2", "train.global_batch_size=8") == 0
     out = capsys.readouterr().out
-    assert "since it was saved elsewhere: threads 1 -> 2\n" in out
-    assert "train.global_batch_size: 6 -> 8" in out and "rows of this epoch may come twice" in out
+    assert "because of threads 1 -> 2\n" in out
+    assert "train.global_batch_size: 6 -> 8" in out and "rows of this epoch may be repeated" in out

@@ -71,7 +71,7 @@ def test_stopped_at_any_moment_a_run_ends_as_if_never_stopped(pool, corpus_dir, 
     assert names[0] == names[1] and len(names[0]) == 4
 
 
-PAUSES = [(1, "the first message", []), (4, "evaluation", []), (70, "sampling", [2])]
+PAUSES = [(1, "waiting for all ranks", []), (4, "evaluation", []), (70, "sampling", [2])]
 
 
 @pytest.mark.parametrize("call, phase, lines", PAUSES)

@@ -263,7 +263,7 @@ def at_work(monkeypatch):
     monkeypatch.setattr("trainer.fault_tolerance.watchdog.time.process_time", time.monotonic)
 
 
-@pytest.mark.parametrize("phase, step", [("connecting", None), ("forward", 1), ("the step's message", 1)])
+@pytest.mark.parametrize("phase, step", [("connecting", None), ("forward", 1), ("all-reduce", 1)])
 def test_ranks_that_spin_in_their_first_messages_hang(starting, at_work, phase, step):
     for watchdog in starting:
         watchdog.mark(phase, step)

@@ -30,7 +30,7 @@ def flags(alone: bool) -> list[str]:
 def wrong_number(nproc_per_node: str, number_of: Callable[[str], int]) -> str | None:
     """Why torchrun cannot start that many processes, by its own function; None if it can."""
     if nproc_per_node == "gpu":
-        from trainer.machine import cuda_devices
+        from trainer.devices import cuda_devices
 
         count, problem = cuda_devices()
         if not count:

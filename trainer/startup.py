@@ -20,7 +20,7 @@ from model.transformer import Transformer
 from parallel import collectives, mesh, rendezvous
 from parallel.build import build_model
 from parallel.mesh import Degrees, World
-from trainer import machine
+from trainer import devices, machine
 from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, none_usable, remove_partial
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver
@@ -71,7 +71,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     watchdog.mark("opening the corpus")
     if config.run.deterministic:
         machine.be_deterministic()
-    device = machine.choose_device(config.run.device, world)
+    device = devices.choose_device(config.run.device, world)
     machine.choose_compile(config.train.compile, device)  # raises ConfigError, before anything is connected
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
@@ -323,12 +323,12 @@ def load_state(
 def describe(run: Run, threads: int) -> str:
     """The run in one line: parameters, processes, device, dtype, steps."""
     total, active = run.config.model.parameter_counts(run.tokenizer.vocab_size)
-    d = run.degrees
+    degrees = run.degrees
     return (
         f"{run.folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active per token; "
-        f"{run.world.size} processes on {run.device.type} (replicate {d.replicate} x shard {d.shard}, expert {d.expert}), {threads} threads "
-        f"each, {dtype_name(run.dtype)}; {run.steps} steps of {run.config.train.global_batch_size} x "
-        f"{run.config.data.seq_len} tokens"
+        f"{run.world.size} processes on {run.device.type} (replicate {degrees.replicate} x shard {degrees.shard}, "
+        f"expert {degrees.expert}), {threads} threads each, {dtype_name(run.dtype)}; "
+        f"{run.steps} steps of {run.config.train.global_batch_size} x {run.config.data.seq_len} tokens"
     )
 
 

@@ -29,7 +29,7 @@ def test_resuming_cuts_torn_and_later_lines(tmp_path):
 
 
 def test_lines_without_a_terminal(tmp_path, capsys):
-    reporter = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", speaks=True)
+    reporter = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", enabled=True)
     reporter.start(0, 5, {})
     for step in range(1, 6):
         reporter.train(step, STEP)
@@ -44,7 +44,7 @@ def test_lines_without_a_terminal(tmp_path, capsys):
     ("speed", "shown"), [({"tflops": 306.7, "mfu": 0.31}, "31% MFU"), ({"tflops": 12.34}, "12.3 TFLOP/s")]
 )
 def test_a_line_of_a_run_on_a_gpu_shows_speed_and_memory(tmp_path, capsys, speed, shown):
-    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", speaks=True)
+    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", enabled=True)
     reporter.start(0, 5, {})
     reporter.train(1, {**STEP, **speed, "memory_gib": 28.54, "memory_reserved_gib": 30.1})
     reporter.train(2, {**STEP, "tflops": 0.01, "memory_gib": 0.4})
@@ -54,7 +54,7 @@ def test_a_line_of_a_run_on_a_gpu_shows_speed_and_memory(tmp_path, capsys, speed
 
 
 def test_a_quiet_rank_writes_and_says_nothing(tmp_path, capsys):
-    reporter = Reporter(tmp_path, LogConfig(), "r", speaks=False)
+    reporter = Reporter(tmp_path, LogConfig(), "r", enabled=False)
     reporter.start(0, 5, {})
     reporter.train(1, STEP)
     reporter.event(1, "x")
@@ -98,7 +98,7 @@ def test_a_bar_on_a_terminal(tmp_path, no_color):
 
 def test_online_without_a_key_goes_offline_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", speaks=True)
+    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", enabled=True)
     reporter.start(0, 2, {"a": {"b": 1}})
     reporter.train(1, STEP)
     reporter.close()
@@ -113,7 +113,7 @@ def test_the_loss_picture_and_the_list(tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text("")
     (tmp_path / "not a run").mkdir()
-    reporter = Reporter(run, LogConfig(wandb="disabled"), "one", speaks=True)
+    reporter = Reporter(run, LogConfig(wandb="disabled"), "one", enabled=True)
     reporter.start(0, 3, {})
     for step in (1, 2, 3):
         reporter.train(step, STEP | {"tokens": 10 * step})

@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from parallel import collectives
 from parallel.build import build_model
 from parallel.experts import as_global_dtensor
-from trainer import machine
+from trainer import devices, machine
 from trainer.checkpoint import block_io, layout
 from trainer.checkpoint.folder import TOKENIZER, Checkpoint, newest_checkpoint, none_usable, resolve_checkpoint
 from trainer.config import SECTION_TYPES, Config
@@ -90,7 +90,7 @@ def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokeniz
     for why in [*passed_over, *more]:
         print(f"passed over {why}", file=sys.stderr)
     tokenizer = Tokenizer(found.path / TOKENIZER)
-    device = machine.device_with_room(requested, sum(p.numel() for p in model.parameters()))
+    device = devices.device_with_room(requested, sum(p.numel() for p in model.parameters()))
     place(model, device, machine.inference_dtype(device))
     print(f"{found.path}: step {found.step}, on {device.type}, {dtype_name(model.compute_dtype)}", file=sys.stderr)
     return model, tokenizer, config

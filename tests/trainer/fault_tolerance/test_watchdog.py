@@ -132,7 +132,7 @@ def test_a_full_disk_costs_lines_but_not_the_run(tmp_path, capsys):
     assert [x["step"] for x in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]  # and none of them torn
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
     out = capsys.readouterr().out
-    assert out.count("cannot be written") == 1 and "going on without" in out
+    assert out.count("cannot be written") == 1 and "the run continues without it" in out
 
 
 # ranks that fail, hang, or never come

@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 
-from data.settings import UserError
 from data.shards import Corpus
 from tests.support import run_cases as cases
 from trainer.checkpoint.folder import complete_checkpoints, read_manifest
-from trainer.metrics import read_lines
 from trainer.optimizer import LossScale
 
 RUN = "tests.support.run_cases:run_words"
@@ -40,21 +38,6 @@ def test_the_loss_scale_goes_on_where_it_was(corpus_dir, tmp_path, monkeypatch):
     ]
     assert scales[0] == scales[1] == {"value": 2.0**19, "good": 0, "on": True}
     assert cases.last_digest(tmp_path / "parts") == cases.last_digest(tmp_path / "whole")
-
-
-def test_skipped_steps_are_counted_whatever_comes_between(corpus_dir, tmp_path, monkeypatch):
-    """No checkpoint is made of weights that gave no finite gradient: after a stop those steps are run again."""
-    from model import transformer
-
-    words = ["run.name=nan", "train.max_skipped=3", "train.global_batch_size=2"]
-    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=2") == 0
-    monkeypatch.setattr(transformer, "linear_cross_entropy", lambda hidden, *_: hidden.sum() * float("nan"))
-    assert cases.run(corpus_dir, tmp_path, *words, "train.stop_at=4") == 0
-    with pytest.raises(UserError, match="train.max_skipped=3"):
-        cases.run(corpus_dir, tmp_path, *words)
-    lines = read_lines(tmp_path / "nan" / "metrics.jsonl")
-    assert [x["step"] for x in lines if x.get("event") == "skipped"] == [3, 4, 5]
-    assert [p.name for p in complete_checkpoints(tmp_path / "nan" / "checkpoints")] == ["step-00000002"]
 
 
 @pytest.mark.slow

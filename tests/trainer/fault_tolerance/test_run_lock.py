@@ -119,6 +119,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_a_rank_that_sees_another_folder_is_named(pool, corpus_dir, tmp_path):
     """As on nodes without a shared file system: a relative run.dir, from two places."""
-    found = pool.run(2, "tests.support.run_cases:apart", corpus=str(corpus_dir), folder=str(tmp_path))
+    found = pool.run(2, "tests.support.run_cases:run_in_separate_folders", corpus=str(corpus_dir), folder=str(tmp_path))
     for text in found:
         assert "does not see the folder that rank 0 writes to; set run.dir=" in text and "\n" not in text

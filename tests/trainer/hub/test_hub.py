@@ -289,7 +289,9 @@ def test_what_went_out_comes_in_on_any_mesh(pool, runs, tmp_path, kind):
     if kind in ("biased", "all"):
         places = [str(out), str(runs / kind)]
         for world, expert in ((4, 4), (3, 1), (4, 2)):
-            got = pool.run(world, "tests.support.run_cases:begun", places=places, run=str(runs / kind), expert=expert)
+            got = pool.run(
+                world, "tests.support.run_cases:initial_digests", places=places, run=str(runs / kind), expert=expert
+            )
             assert got == [[want, want]] * world
 
 
@@ -352,7 +354,7 @@ def test_another_model_is_refused_by_its_settings(runs, corpus_dir, tmp_path, wo
 
 def test_a_folder_that_one_process_does_not_see_ends_all_of_them(pool, runs, corpus_dir):
     place, words = str(runs / "biased"), [*UNLIKE, *KINDS["biased"][0]]
-    said = pool.run(2, "tests.support.run_cases:one_is_blind", corpus=str(corpus_dir), place=place, more=words)
+    said = pool.run(2, "tests.support.run_cases:missing_on_rank_1", corpus=str(corpus_dir), place=place, more=words)
     assert said[0] == said[1] and said[0].startswith(f"train.init_from={place}-gone: no such folder")
 
 

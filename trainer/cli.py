@@ -21,7 +21,7 @@ def guarded(command: Callable[[], int]) -> int:
     is imported, because torch reads the environment variables that are set here.
     """
     environment.set_defaults()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT in what it starts with `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in background jobs of a shell script
     try:
         return command()
     except UserError as error:

@@ -136,7 +136,7 @@ def timed_batches(run: Run, last: int) -> Iterator[tuple[Step, float]]:
 
 
 def due(every: int, step: int) -> bool:
-    """Whether something that is done every so many steps (0: never) is due after this step."""
+    """Whether something that is done after each `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0
 
 

@@ -49,7 +49,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes that the memory depends on. Properties are numbers of weights unless they are said to be bytes."""
+    """Sizes that the memory depends on. Properties are numbers of weights, unless they name another unit."""
 
     config: Config
     vocab_size: int

@@ -63,10 +63,11 @@ def start(config: Config, stop: StopFlag) -> Run:
 
 
 def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitStack) -> Run:
+    """The steps of `start`, in their order. What has to be closed is added to `resources`."""
     if world.rank == 0:
         clear_mark(config.run.folder)
     machine.keep_freed_memory()
-    store = _meet(config, world, watchdog)
+    store = _find_processes(config, world, watchdog)
 
     watchdog.mark("opening the corpus")
     if config.run.deterministic:
@@ -111,7 +112,10 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     )
 
     watchdog.mark("loading the checkpoint")
-    load_state(run, found, skipped, threads, weights)
+    notes = load_state(run, found, skipped, threads, weights)
+    prepare_folder(run, resumes=found is not None)
+    notes += choose_kernels(run)
+    log_start(run, notes, threads)
     run.saver = make_saver(run, lock)
     resources.callback(run.saver.close)
 
@@ -125,7 +129,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     return run
 
 
-def _meet(config: Config, world: World, watchdog: Watchdog) -> Any:
+def _find_processes(config: Config, world: World, watchdog: Watchdog) -> Any:
     """Find the other processes of this start: the store that they share. Starts the watchdog, which uses it too."""
     try:
         store = rendezvous.find_others(world, config.run.timeout, lambda: watchdog.stop.asked and sibling_exited())
@@ -287,37 +291,54 @@ def build(
 
 def load_state(
     run: Run, found: Checkpoint | None, skipped: list[str], threads: int, weights: InitialWeights | None
-) -> None:
-    """Load the checkpoint, or the initial weights of a new run; prepare the run's folder; log what was done."""
-    config, folder = run.config, run.folder
-    notes: list[str] = []
+) -> list[str]:
+    """Load the checkpoint, or the initial weights of a new run. Returns lines to log about them.
+
+    If the checkpoint is damaged, the newest one before it is loaded.
+    """
     if found is not None:
-        found, more = load_checkpoint(found, run.model, run.optimizer)
-        notes = [f"skipped checkpoint {why}" for why in [*skipped, *more]]
-        notes += resume_notes(found.manifest, run, threads)
-        run.step, run.tokens = found.step, found.manifest["tokens"]
-        run.skipped = found.manifest["skipped"]
-        run.scale = LossScale(**found.manifest["loss_scale"])
-    elif weights is not None:
+        loaded, more_skipped = load_checkpoint(found, run.model, run.optimizer)
+        run.step = loaded.step
+        run.tokens = loaded.manifest["tokens"]
+        run.skipped = loaded.manifest["skipped"]
+        run.scale = LossScale(**loaded.manifest["loss_scale"])
+        skipped_notes = [f"skipped checkpoint {reason}" for reason in [*skipped, *more_skipped]]
+        return [f"resumed from step {run.step}", *skipped_notes, *resume_notes(loaded.manifest, run, threads)]
+    if weights is not None:
         weights.fill(run.model)
-        notes = weights.notes
+        return ["new run", *weights.notes]
+    return ["new run"]
+
+
+def prepare_folder(run: Run, resumes: bool) -> None:
+    """Write the settings into the run's folder, and remove lines of metrics.jsonl after the step of the checkpoint."""
     if run.world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump(config.sections()))
-        run.reporter.file.cut(run.step if found else -1)
-    run.reporter.log("new run" if found is None else f"resumed from step {run.step}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(dump(run.config.sections()))
+        run.reporter.file.cut(run.step if resumes else -1)
+
+
+def choose_kernels(run: Run) -> list[str]:
+    """Set the loss function of `train.liger`. Returns a line to log for each kernel that cannot be used here."""
+    config = run.config
     loss, loss_note = machine.choose_loss(config.train.liger, run.device)
     if loss is not None:
         run.model.head.loss = loss
     _, compile_note = machine.choose_compile(config.train.compile, run.device)
     uses_flex = config.data.mask_documents and not config.model.attention_dropout
     flex_note = machine.without_flex(run.device) if uses_flex else None
-    mesh_note = mesh.advice(run.world, config.model, run.degrees)
-    for note in [*notes, loss_note, compile_note, flex_note, mesh_note]:
-        if note is not None:
-            run.reporter.log(note)
-    run.reporter.log(describe(run, threads))
-    run.reporter.start(run.step, run.steps, {k: v.model_dump() for k, v in config.sections().items()})
+    return [note for note in (loss_note, compile_note, flex_note) if note is not None]
+
+
+def log_start(run: Run, notes: list[str], threads: int) -> None:
+    """Log the notes and a description of the run, and start the progress bar and wandb."""
+    mesh_note = mesh.advice(run.world, run.config.model, run.degrees)
+    if mesh_note is not None:
+        notes = [*notes, mesh_note]
+    for note in [*notes, describe(run, threads)]:
+        run.reporter.log(note)
+    settings = {name: section.model_dump() for name, section in run.config.sections().items()}
+    run.reporter.start(run.step, run.steps, settings)
 
 
 def describe(run: Run, threads: int) -> str:

@@ -37,8 +37,9 @@ def test_a_step_applies_each_layer_once_and_trains_all_weights(corpus_dir):
     before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
     train_step(run, run.loader.step(0))
     parts = ("", ".attention_norm", ".feed_forward_norm", ".feed_forward.router", ".feed_forward.experts")
-    once = ["embedding", "head", *(f"blocks.{i}{part}" for i in range(2) for part in parts)]
-    assert {name: calls[name] for name in once} == dict.fromkeys(once, 2) and max(calls.values()) == 2
+    modules = ["embedding", "head", *(f"blocks.{i}{part}" for i in range(2) for part in parts)]
+    assert {name: calls[name] for name in modules} == dict.fromkeys(modules, 2)  # there are two micro-batches
+    assert max(calls.values()) == 2
     for name, weight in run.model.named_parameters():
         assert not torch.equal(weight, before[name]), name
 
@@ -52,11 +53,11 @@ def test_each_token_is_predicted_from_those_before_it(loaded, corpus_dir):
     rows = Rows(Corpus.open(corpus_dir).split("train"), 400, False, tokenizer.bos, pad=tokenizer.eos)
     batch = rows.batch([0, 1, 2, 3], [0, 1, 2, 3])
     assert len({len(story) for story in stories}) > 1 and max(map(len, stories)) <= 401
-    want = torch.zeros(())
+    expected = torch.zeros(())
     for story in stories:
         assert story[0] == tokenizer.bos and story[-1] == tokenizer.eos
-        want = want + F.cross_entropy(model.eval()(story[None, :-1]).logits[0], story[1:], reduction="sum")
-    torch.testing.assert_close(model(batch.tokens, batch.targets).loss, want, rtol=1e-5, atol=1e-2)
+        expected = expected + F.cross_entropy(model.eval()(story[None, :-1]).logits[0], story[1:], reduction="sum")
+    torch.testing.assert_close(model(batch.tokens, batch.targets).loss, expected, rtol=1e-5, atol=1e-2)
     assert int((batch.targets != IGNORE).sum()) == sum(len(story) - 1 for story in stories)
 
 

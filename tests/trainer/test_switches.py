@@ -59,22 +59,23 @@ def plain(corpus_dir):
     return cases.steps(str(corpus_dir), "float64", [])
 
 
-def farthest(got, want):
-    if {k: v.shape for k, v in got.items()} != {k: v.shape for k, v in want.items()}:
+def largest_distance(weights, expected):
+    """The largest relative distance of a weight; infinite if the weights have other names or shapes."""
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
         return float("inf")
-    return max(np.linalg.norm(got[k] - v) / (np.linalg.norm(v) + 1e-12) for k, v in want.items())
+    return max(np.linalg.norm(weights[k] - v) / (np.linalg.norm(v) + 1e-12) for k, v in expected.items())
 
 
 @pytest.mark.parametrize("word", CHANGES)
 def test_each_setting_changes_the_weights(corpus_dir, plain, word):
     _, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
-    assert farthest(weights, plain[1]) > 1e-7
+    assert largest_distance(weights, plain[1]) > 1e-7
 
 
 @pytest.mark.parametrize("word", MEMORY_SETTINGS)
 def test_settings_that_save_memory_change_no_result(corpus_dir, plain, word):
     fields, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
-    assert farthest(weights, plain[1]) < 1e-12
+    assert largest_distance(weights, plain[1]) < 1e-12
     assert [x["loss"] for x in fields] == pytest.approx([x["loss"] for x in plain[0]], rel=1e-12)
 
 

@@ -27,8 +27,9 @@ from trainer.fault_tolerance.signals import StopFlag, leave_mark
 from trainer.fault_tolerance.watchdog import report_failures
 from trainer.generate import Sampling, text_of
 from trainer.metrics import read_lines
+from trainer.resume import checkpoint_fields
 from trainer.run import Run
-from trainer.startup import checkpoint_fields, start
+from trainer.startup import start
 from trainer.step import train_step
 from trainer.terminal import rank
 

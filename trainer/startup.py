@@ -6,7 +6,6 @@ folder, finds the checkpoint to resume from, builds the model, and loads the wei
 
 import itertools
 from contextlib import ExitStack
-from dataclasses import asdict
 from socket import gethostname
 from typing import Any
 
@@ -21,24 +20,22 @@ from parallel import collectives, mesh, rendezvous
 from parallel.build import build_model
 from parallel.mesh import Degrees, World
 from trainer import devices, machine
-from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, none_usable, remove_partial
+from trainer.checkpoint.folder import Checkpoint, remove_partial
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.config import Config
-from trainer.fault_tolerance.errors import AlreadyFinished, RankFailed
+from trainer.fault_tolerance.errors import RankFailed
 from trainer.fault_tolerance.processes import sibling_exited
 from trainer.fault_tolerance.run_lock import RunLock, sees
 from trainer.fault_tolerance.signals import StopFlag, clear_mark
 from trainer.fault_tolerance.watchdog import Watchdog, report_failures
 from trainer.hub.importer import InitialWeights, initial_weights
-from trainer.hub.mapping import TRAINING_ONLY_KEYS
 from trainer.machine import dtype_name
-from trainer.metrics import Reporter, read_lines
-from trainer.optimizer import LossScale, learning_rate, make_optimizer
+from trainer.metrics import Reporter
+from trainer.optimizer import LossScale, make_optimizer
+from trainer.resume import find_checkpoint, raise_if_finished, resume_notes
 from trainer.run import Run
 
-# the order of the training rows depends on these settings
-DATA_ORDER_KEYS = ("train.global_batch_size", "train.seed", "data.seq_len", "data.pack")
 VISIBILITY_TIMEOUT_S = 10.0  # how long a shared file system may need to show a file that another host wrote
 # Collectives time out after this factor times run.timeout, so that the watchdog, which names the late rank, is first.
 COLLECTIVE_TIMEOUT_FACTOR = 4
@@ -86,7 +83,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     if lock is not None:
         resources.callback(lock.release)
     found, skipped = find_checkpoint(config, corpus, tokenizer)
-    _raise_if_finished(config, found, steps)
+    raise_if_finished(config, found, steps)
     weights = load_initial_weights(config, tokenizer) if found is None else None
 
     watchdog.mark("building the model")
@@ -207,50 +204,6 @@ def lock_run_folder(config: Config, world: World) -> RunLock | None:
     return lock
 
 
-def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to resume from (None for a new run), and a line for each newer one that was skipped.
-
-    Rank 0 searches the folder. Raises UserError if there are checkpoints but none can be used, or if they are of
-    another model or corpus.
-    """
-    folder = config.run.folder
-    found, skipped = collectives.broadcast(
-        newest_checkpoint(folder / "checkpoints") if collectives.rank() == 0 else None
-    )
-    if found is None:
-        if skipped:
-            raise UserError(none_usable(folder / "checkpoints", skipped))
-        return None, []
-    manifest = found.manifest
-    may_change = {f"model.{key}" for key in TRAINING_ONLY_KEYS}
-    changed = changes(manifest["config"], config)
-    refused = [line for key, line in changed.items() if key.startswith("model.") and key not in may_change]
-    if refused:
-        raise UserError(f"{folder}: made with another model ({'; '.join(refused)}); choose another run.name=")
-    if manifest["tokenizer"] != tokenizer.hash:
-        size = f"vocabulary {manifest['vocab_size']} -> {tokenizer.vocab_size}"
-        raise UserError(f"{folder}: made with another tokenizer ({size}); choose another run.name=")
-    if manifest["corpus"] != corpus.hash and not config.checkpoint.allow_other_corpus:
-        raise UserError(
-            f"{folder}: made with another corpus than {config.data.dir}; choose another run.name=, or continue with "
-            "checkpoint.allow_other_corpus=true"
-        )
-    return found, skipped
-
-
-def _raise_if_finished(config: Config, found: Checkpoint | None, steps: int) -> None:
-    """Raises AlreadyFinished on all ranks if the last step and the final evaluation are done."""
-    if found is None:
-        return
-    folder = config.run.folder
-    lines = read_lines(folder / "metrics.jsonl")
-    finished_steps = [line["step"] for line in lines if line.get("event") == "finished"]
-    is_finished = found.step > steps or (found.step == steps and found.step in finished_steps)
-    if collectives.broadcast(is_finished):
-        hint = "set run.name= for another run, or train.steps= to continue this one"
-        raise AlreadyFinished(f"{folder}: finished at step {found.step}; {hint}")
-
-
 def load_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights | None:
     """The weights that `train.init_from` names, None if it is not set. Raises UserError on all ranks, if on one."""
     if config.train.init_from is None:
@@ -353,51 +306,6 @@ def describe(run: Run, threads: int) -> str:
     )
 
 
-def resume_notes(manifest: dict[str, Any], run: Run, threads: int) -> list[str]:
-    """A line for each difference between this start and the one that wrote the checkpoint."""
-    changed = changes(manifest["config"], run.config)
-    notes = [f"changed since step {manifest['step']}: {line}" for line in changed.values()]
-    if manifest["corpus"] != run.corpus.hash or any(key in changed for key in DATA_ORDER_KEYS):
-        notes.append("the data order changes at this step: rows of this epoch may be repeated or skipped")
-    if manifest["corpus"] != run.corpus.hash:
-        notes.append(f"continuing on another corpus, {run.config.data.dir}")
-    old_rate = learning_rate(run.config.train, manifest["step"], manifest["steps"])
-    new_rate = learning_rate(run.config.train, manifest["step"], run.steps)
-    if old_rate != new_rate:
-        steps = f"{run.steps} steps instead of {manifest['steps']}"
-        notes.append(f"the learning rate jumps from {old_rate:.2e} to {new_rate:.2e}, because it decays over {steps}")
-    now = {
-        "world": run.world.size,
-        "degrees": asdict(run.degrees),
-        "threads": threads,
-        "device": run.device.type,
-        "dtype": dtype_name(run.dtype),
-        "torch": torch.__version__,
-    }
-    moved = [f"{key} {manifest[key]} -> {value}" for key, value in now.items() if manifest[key] != value]
-    if moved:
-        notes.append(
-            f"losses from here on differ by rounding from those of an uninterrupted run, because of {', '.join(moved)}"
-        )
-    return notes
-
-
-def changes(before: dict[str, dict[str, Any]], config: Config) -> dict[str, str]:
-    """Settings that differ from those of a checkpoint: `section.key` -> `section.key: old -> new`.
-
-    The section `run` is not compared: it changes no results.
-    """
-    changed = {}
-    for name, section in config.sections().items():
-        if name == "run":
-            continue
-        old_values = before.get(name, {})
-        for key, value in section.model_dump().items():
-            if key in old_values and old_values[key] != value:
-                changed[f"{name}.{key}"] = f"{name}.{key}: {old_values[key]} -> {value}"
-    return changed
-
-
 def make_saver(run: Run, lock: RunLock | None) -> Saver:
     """The object that saves checkpoints of the run. It logs the result of each save."""
 
@@ -436,23 +344,3 @@ def not_locked(reasons: list[str | None]) -> str | None:
         f"checkpoint.async_save=true: the staging memory of {len(failed)} of {len(reasons)} ranks could not be "
         f"page-locked ({failed[0]}); the run continues, and copies of a save from the GPU do not overlap with training"
     )
-
-
-def checkpoint_fields(run: Run) -> dict[str, Any]:
-    """Fields of a checkpoint's manifest besides the tensors: what a resume restores or compares."""
-    return {
-        "config": {name: section.model_dump() for name, section in run.config.sections().items()},
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "skipped": run.skipped,
-        "loss_scale": asdict(run.scale),
-        "vocab_size": run.tokenizer.vocab_size,
-        "tokenizer": run.tokenizer.hash,
-        "corpus": run.corpus.hash,
-        "torch": torch.__version__,
-        "world": run.world.size,
-        "degrees": asdict(run.degrees),
-        "threads": torch.get_num_threads(),
-        "device": run.device.type,
-        "dtype": dtype_name(run.dtype),
-    }

@@ -10,7 +10,7 @@ import torch
 from data.settings import ConfigError, UserError
 from parallel.mesh import World
 from trainer.machine import free_memory, inference_dtype
-from trainer.terminal import log_stderr
+from trainer.terminal import log_stderr, plural
 
 # Peak TFLOP/s of (bf16, fp16) by NVIDIA's data sheets and architecture papers: dense products with sums in fp32,
 # without sparsity; None if a card has no tensor cores for the dtype. A pattern has to match the whole name of a card
@@ -68,24 +68,17 @@ def choose_device_type(
         return "cpu", None
     if count >= processes:
         return "cuda", None
-    found = f"{_number(processes, 'process')} on this machine, {_number(count, 'CUDA device')}"
+    found = f"{plural(processes, 'process')} on this machine, {plural(count, 'CUDA device')}"
     if requested == "cuda":
         if count:
-            problem = f"start at most {_number(count, 'process')} here"
+            problem = f"start at most {plural(count, 'process')} here"
         fix = f"use {option}cpu" if problem is None else f"{problem}; or use {option}cpu"
         raise ConfigError(f"{option}cuda: {found}; {fix}")
     if count:
         gpus = "the GPU" if count == 1 else "the GPUs"
-        fix = f"start {_number(count, 'process')} (--nproc_per_node={count}) to use {gpus}"
+        fix = f"start {plural(count, 'process')} (--nproc_per_node={count}) to use {gpus}"
         return "cpu", f"{option}auto: {found}: using the CPU; {fix}"
     return "cpu", None if problem is None else f"{option}auto: using the CPU; {problem}"
-
-
-def _number(count: int, noun: str) -> str:
-    """`1 process`, `2 processes`, `2 CUDA devices`."""
-    if count == 1:
-        return f"1 {noun}"
-    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def device_with_room(requested: str, weights: int) -> torch.device:

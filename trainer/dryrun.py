@@ -14,6 +14,7 @@ from trainer.config import Config
 from trainer.machine import dtype_name
 from trainer.memory import OUTSIDE_ALLOCATOR, Memory, memory_needed
 from trainer.startup import degrees, open_corpus
+from trainer.terminal import plural
 
 BYTES_PER_WEIGHT = 12  # in a checkpoint: the weight and AdamW's two moments, in fp32
 
@@ -58,13 +59,14 @@ def print_plan(config: Config) -> None:
 def mesh_lines(config: Config, world: World, device: torch.device) -> list[str]:
     """Lines about the processes, and about the experts that each of them has."""
     d = degrees(config, world)
+    processes = plural(world.size, "process")
     lines = [
-        f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}"
+        f"mesh        {processes}: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}",
     ]
     if config.model.moe_layers:
         placement = ExpertPlacement(config.model.n_experts, d.expert)
         lines.append(
-            f"experts     {placement.n_experts} over {d.expert} ranks, {placement.slots} slots per rank "
+            f"experts     {placement.n_experts} over {plural(d.expert, 'rank')}, {placement.slots} slots per rank "
             f"({placement.padding_ratio - 1:.0%} more than needed), each expert sharded over {d.expert_shard}"
         )
     advice = mesh.advice(world, config.model, d)
@@ -106,7 +108,7 @@ def memory_table(memory: Memory, device: torch.device, dtype: torch.dtype) -> li
         "gradients": "gradients",
         "weights": f"weights gathered or cast, {dtype_name(dtype)}",
         "activations": "activations",
-        "workspace": memory.phase,
+        "workspace": f"workspace: {memory.phase}",
         "exchange": "rows exchanged between ranks",
     }
     lines = [f"{names[part]:34} {_gib(size):>12}" for part, size in memory.parts().items()]

@@ -35,6 +35,7 @@ from trainer.metrics import Reporter
 from trainer.optimizer import LossScale, make_optimizer
 from trainer.resume import find_checkpoint, raise_if_finished, resume_notes
 from trainer.run import Run
+from trainer.terminal import plural
 
 VISIBILITY_TIMEOUT_S = 10.0  # how long a shared file system may need to show a file that another host wrote
 # Collectives time out after this factor times run.timeout, so that the watchdog, which names the late rank, is first.
@@ -297,11 +298,12 @@ def log_start(run: Run, notes: list[str], threads: int) -> None:
 def describe(run: Run, threads: int) -> str:
     """The run in one line: parameters, processes, device, dtype, steps."""
     total, active = run.config.model.parameter_counts(run.tokenizer.vocab_size)
-    degrees = run.degrees
+    d = run.degrees
+    layout = f"replicate {d.replicate} x shard {d.shard}, expert {d.expert}"
     return (
         f"{run.folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active per token; "
-        f"{run.world.size} processes on {run.device.type} (replicate {degrees.replicate} x shard {degrees.shard}, "
-        f"expert {degrees.expert}), {threads} threads each, {dtype_name(run.dtype)}; "
+        f"{plural(run.world.size, 'process')} on {run.device.type} ({layout}), "
+        f"{plural(threads, 'thread')} each, {dtype_name(run.dtype)}; "
         f"{run.steps} steps of {run.config.train.global_batch_size} x {run.config.data.seq_len} tokens"
     )
 

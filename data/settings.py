@@ -103,17 +103,17 @@ def read(
     """The settings of the file, overridden by the arguments, as validated instances of `sections`.
 
     Sections that are not in `sections` belong to other packages and are ignored. Keys that a section names in
-    `alternatives` exclude one another: one that is given later removes those that were given before.
+    `mutually_exclusive` exclude one another: one that is given later removes those that were given before.
     Raises ConfigError.
     """
     raw = load_file(path) if path else {}
     for argument in arguments:
         keys, value = parse_argument(argument)
         values = raw.setdefault(keys[0], {})
-        alternatives = getattr(sections.get(keys[0]), "alternatives", ())
-        if keys[1] in alternatives:
-            for alternative in alternatives:
-                values.pop(alternative, None)
+        exclusive = getattr(sections.get(keys[0]), "mutually_exclusive", ())
+        if keys[1] in exclusive:
+            for key in exclusive:
+                values.pop(key, None)
         for key in keys[1:-1]:
             if not isinstance(values.get(key), dict):
                 values[key] = {}

@@ -35,7 +35,7 @@ def default_flags(one_machine: bool) -> list[str]:
 def process_count_error(nproc_per_node: str, parse: Callable[[str], int]) -> str | None:
     """Why torchrun cannot start that many processes, None if it can. parse: torchrun's own function."""
     if nproc_per_node == "gpu":
-        from trainer.machine import cuda_devices
+        from trainer.devices import cuda_devices
 
         count, problem = cuda_devices()
         if not count:

@@ -1,4 +1,7 @@
-"""The run: composes data, model and parallel. The guard below is for their plain names, which others may use too."""
+"""Runs: training, evaluation and generation with the packages `data`, `model` and `parallel`.
+
+These names are so generic that other packages may have them, too; the check below refuses to run with those.
+"""
 
 from pathlib import Path
 
@@ -10,5 +13,5 @@ for _package in (data, model, parallel):
     if Path(str(_package.__file__)).parent.parent != Path(__file__).parent.parent:
         raise SystemExit(
             f"the package `{_package.__name__}` was imported from {_package.__file__}, which is not this project's; "
-            "start from the project's folder with its own environment"
+            "start in the project's folder, with its own environment"
         )

@@ -1,9 +1,11 @@
-"""What all commands share: how they end, and flags that several of them have. Imports no torch."""
+"""What the commands share: their parser, flags that several of them have, and the exit code. Imports no torch."""
 
 import argparse
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
+from data.settings import Parser as Parser  # reports a wrong flag as a UserError
 from data.settings import UserError
 from trainer import environment
 from trainer.fault_tolerance.errors import RankFailed
@@ -12,13 +14,14 @@ from trainer.terminal import log_stderr, rank
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Runs a command; the user's mistakes end in one line and exit code 2, Ctrl-C in one line and 130.
+    """Run a command and return its exit code; an expected error is printed as one line, without a traceback.
 
-    What another rank ended with is one line too. torchrun is kept from trying a mistake again. To be called before
-    torch is imported, which reads the environment that is set here.
+    The exit code is 2 for a mistake of the user's (UserError), 130 after Ctrl-C, and that of the other rank if another
+    rank failed. After a mistake torchrun does not restart the workers, which would fail again. Call this before torch
+    is imported, because torch reads the environment variables that are set here.
     """
     environment.set_defaults()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in background jobs of a shell script
     try:
         return command()
     except UserError as error:
@@ -35,7 +38,13 @@ def guarded(command: Callable[[], int]) -> int:
     return code
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The flag `--checkpoint` of all commands that read a checkpoint."""
+    about = "a checkpoint folder, or a run folder, whose newest checkpoint is used"
+    parser.add_argument("--checkpoint", type=Path, required=True, help=about)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The flag `--device`, the same for all commands that compute with a checkpoint."""
-    about = "where to compute: a GPU (bf16 from sm80 on), or the CPU (fp32); auto: the GPU if there is one"
+    """The flag `--device` of all commands that compute with a checkpoint."""
+    about = "cuda (bf16 from compute capability 8.0 on, else fp32) or cpu (fp32); auto: cuda if there is a GPU"
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help=f"{about} (default: auto)")

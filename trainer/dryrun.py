@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would be, in numbers, without starting it."""
+"""The plan of a run, which `--dry-run` prints without starting it: mesh, parameters, compute, memory, batch, steps."""
 
 from pathlib import Path
 
@@ -8,85 +8,122 @@ from data.loader import BatchLayout
 from data.settings import dump
 from parallel import mesh
 from parallel.experts import ExpertPlacement
-from parallel.mesh import World
-from trainer import machine
+from parallel.mesh import Degrees, World
+from trainer import devices, machine
 from trainer.config import Config
-from trainer.memory import OUTSIDE, Memory, memory_needed
+from trainer.machine import dtype_name
+from trainer.memory import OUTSIDE_ALLOCATOR, Memory, memory_needed
 from trainer.startup import degrees, open_corpus
+from trainer.terminal import plural
+
+BYTES_PER_WEIGHT = 12  # in a checkpoint: the weight and AdamW's two moments, in fp32
 
 
 def print_plan(config: Config) -> None:
-    """Resolved config, mesh, parameters, FLOPs, memory, steps, tokens, filler rows. Raises UserError."""
+    """Print the settings and the plan, on rank 0. Raises UserError if the settings do not fit corpus or processes."""
     world = World.from_environment()
     if world.rank != 0:
         return
-    device = machine.choose_device(config.run.device, world)
+    device = devices.choose_device(config.run.device, world)
     dtype = machine.choose_dtype(config.train.dtype, device, config.model.dim)
-    d = degrees(config, world)
     layout = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, world.size)
     if (Path(config.data.dir) / "manifest.json").exists():
         _, tokenizer, loader, steps = open_corpus(config, world, device)
-        vocab_size, corpus = tokenizer.vocab_size, f"{len(loader.rows):,} rows in {config.data.dir}"
+        vocab_size = tokenizer.vocab_size
+        corpus = f"{len(loader.rows):,} rows in {config.data.dir}"
     else:
-        vocab_size, corpus = config.data.vocab_size, f"{config.data.dir} is not prepared yet"
         steps = config.train.steps or 0
+        vocab_size = config.data.vocab_size
+        corpus = f"{config.data.dir} is not prepared yet"
+    global_tokens = layout.global_batch_size * config.data.seq_len
     total, active = config.model.parameter_counts(vocab_size)
+
     print(dump(config.sections()))
-    tokens = layout.global_batch_size * config.data.seq_len
-    length = f"{steps:,} steps, {steps * tokens:,} tokens" if steps else "steps are known when the corpus is"
-    need, free = memory_needed(config, vocab_size, dtype, d, layout), machine.free_memory(device)
-    here = "" if free is None else f"; free here: {_gib(free)}" + ("" if device.type == "cuda" else " for all ranks")
+    for line in mesh_lines(config, world, device):
+        print(line)
+    print(f"parameters  {total:,} in all, {active:,} active per token; matrix products in {dtype_name(dtype)}")
+    print(f"compute     {compute(config, vocab_size, global_tokens, device, dtype)}")
+    for line in memory_lines(config, vocab_size, dtype, degrees(config, world), layout, device):
+        print(line)
+    print(checkpoint_line(config, total, world))
     print(
-        f"mesh        {world.size} processes: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}"
+        f"batch       {global_tokens:,} tokens: {layout.micro_batches} micro-batches of {layout.rows} rows per rank, "
+        f"{layout.padding_rows} filler rows per step"
     )
-    if config.model.moe_layers:
-        owners = ExpertPlacement(config.model.n_experts, d.expert)
-        print(
-            f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
-            f"({owners.padding_ratio - 1:.0%} more than needed), each sharded over {d.expert_shard}"
-        )
-    if advice := mesh.advice(world, config.model, d):
-        print(f"            {advice}")
-    print(f"parameters  {total:,} in all, {active:,} active a token; products in {str(dtype)[6:]}")
-    print(f"compute     {compute(config, vocab_size, tokens, device, dtype)}")
-    print(f"memory      about {_gib(need.total)} a rank at its peak{here}")
-    for line in memory_table(need, device, dtype):
-        print(f"            {line}")
-    staged = f"; staged in {_gib(12 * total // world.size)} of memory a rank" if config.checkpoint.async_save else ""
-    print(f"checkpoint  about {_gib(12 * total)} on disk, keep {config.checkpoint.keep}{staged}")
-    print(
-        f"batch       {tokens:,} tokens: {layout.micro_batches} micro-batches of {layout.rows} rows a rank, "
-        f"{layout.padding_rows} filler rows a step"
-    )
+    length = "the number of steps depends on the corpus"
+    if steps:
+        length = f"{steps:,} steps, {steps * global_tokens:,} tokens"
     print(f"run         {length}; corpus: {corpus}; folder {config.run.folder}")
 
 
+def mesh_lines(config: Config, world: World, device: torch.device) -> list[str]:
+    """Lines about the processes, and about the experts that each of them has."""
+    d = degrees(config, world)
+    processes = plural(world.size, "process")
+    lines = [
+        f"mesh        {processes}: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}",
+    ]
+    if config.model.moe_layers:
+        placement = ExpertPlacement(config.model.n_experts, d.expert)
+        lines.append(
+            f"experts     {placement.n_experts} over {plural(d.expert, 'rank')}, {placement.slots} slots per rank "
+            f"({placement.padding_ratio - 1:.0%} more than needed), each expert sharded over {d.expert_shard}"
+        )
+    advice = mesh.advice(world, config.model, d)
+    if advice is not None:
+        lines.append(f"            {advice}")
+    return lines
+
+
 def compute(config: Config, vocab_size: int, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-    """What a step computes, and the peak that MFU is a part of."""
+    """The operations of a step of `tokens` tokens, and on a GPU the peak that MFU is relative to."""
     flops = tokens * config.model.flops_per_token(vocab_size, config.data.seq_len)
-    text = f"{flops / 1e12:,.4g} TFLOP a step"
+    text = f"{flops / 1e12:,.4g} TFLOP per step"
     if device.type != "cuda":
         return text
-    peak, name = machine.peak_flops(device, dtype), machine.describe(device)
+    peak = devices.peak_flops(device, dtype)
+    name = machine.describe(device)
     if peak is None:
-        return f"{text}; no MFU, since the peak of {name} in {str(dtype)[6:]} is not known"
-    return f"{text}; MFU is the part of {peak / 1e12:g} TFLOP/s, the peak of {name} in {str(dtype)[6:]}"
+        return f"{text}; no MFU, because the peak of {name} in {dtype_name(dtype)} is not known"
+    return f"{text}; MFU is relative to {peak / 1e12:g} TFLOP/s, the peak of {name} in {dtype_name(dtype)}"
 
 
-def memory_table(need: Memory, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """A line for each part of the memory, and what the parts leave out."""
-    words = {
+def memory_lines(
+    config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, layout: BatchLayout, device: torch.device
+) -> list[str]:
+    """The estimated peak of a rank's memory, the memory that is free, and the parts of the estimate."""
+    memory = memory_needed(config, vocab_size, dtype, degrees, layout)
+    line = f"memory      about {_gib(memory.total)} per rank at its peak"
+    free = machine.free_memory(device)
+    if free is not None:
+        where = "on this GPU" if device.type == "cuda" else "on this machine, for all its ranks"
+        line += f"; {_gib(free)} are free {where}"
+    return [line, *(f"            {part}" for part in memory_table(memory, device, dtype))]
+
+
+def memory_table(memory: Memory, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A line for each part of the memory, and on a GPU one for what the parts do not include."""
+    names = {
         "state": "weights and optimizer state",
         "gradients": "gradients",
-        "weights": f"weights gathered or cast, {str(dtype)[6:]}",
+        "weights": f"weights gathered or cast, {dtype_name(dtype)}",
         "activations": "activations",
-        "working": need.moment,
-        "messages": "messages",
+        "workspace": f"workspace: {memory.phase}",
+        "exchange": "rows exchanged between ranks",
     }
-    lines = [f"{words[part]:34} {_gib(size):>12}" for part, size in need.parts().items()]
+    lines = [f"{names[part]:34} {_gib(size):>12}" for part, size in memory.parts().items()]
     if device.type == "cuda":
-        lines.append(f"besides, not counted by torch's allocator: {OUTSIDE}")
+        lines.append(f"not counted by torch's allocator: {OUTSIDE_ALLOCATOR}")
     return lines
+
+
+def checkpoint_line(config: Config, parameters: int, world: World) -> str:
+    """The size of a checkpoint, how many are kept, and the memory that an asynchronous save uses."""
+    size = BYTES_PER_WEIGHT * parameters
+    line = f"checkpoint  about {_gib(size)} on disk, the newest {config.checkpoint.keep} are kept"
+    if config.checkpoint.async_save:
+        line += f"; staging uses {_gib(size // world.size)} of host memory per rank"
+    return line
 
 
 def _gib(size: int) -> str:

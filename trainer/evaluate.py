@@ -3,18 +3,16 @@
 The last line of stdout is one JSON object; the same result in words goes to stderr.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from trainer.cli import add_device
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    parser = Parser("python -m trainer.evaluate", description="Validation loss of a checkpoint.")
+    add_checkpoint(parser)
     parser.add_argument("--data", help="the folder of a prepared corpus (default: the run's)")
     about = "which stories to evaluate (default: %(default)s)"
     parser.add_argument("--split", default="validation", choices=["validation", "train"], help=about)
@@ -47,6 +45,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     sys.exit(guarded(main))

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.settings import Parser, UserError
+from data.settings import UserError
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 from trainer.fault_tolerance.launcher import exit_now
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def generate_texts(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m trainer.generate", description="Continue prompts.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    add_checkpoint(parser)
     about = "how a story begins (default: Once upon a time); give it several times for several stories"
     parser.add_argument("--prompt", action="append", help=about)
     defaults = Sampling()
@@ -200,8 +200,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty, help=about)
     about = f"seed of the first story; each further story adds 1 {default}"
     parser.add_argument("--seed", type=int, default=defaults.seed, help=about)
-    from trainer.cli import add_device
-
     add_device(parser)
     args = vars(parser.parse_args(argv))
     checkpoint, device = args.pop("checkpoint"), args.pop("device")
@@ -232,6 +230,4 @@ def _print_stories(prompts: Sequence[str], texts: Iterator[tuple[int, str]]) -> 
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     exit_now(guarded(main))

@@ -1,7 +1,8 @@
-"""The loop of a run: steps, with evaluations, samples and checkpoints between them, and the end of the run.
+"""The training loop: steps, with evaluations, samples and checkpoints between them, and the end of the run.
 
-Starting the same command again resumes from the newest checkpoint as if the run had never stopped. All ranks agree on
-a request to stop in each step's message, and between the batches of an evaluation.
+If the same command is started again, the run resumes from its newest checkpoint as if it had never stopped. A request
+to stop may reach any rank; all ranks agree on it in the all-reduce of each step, before each batch of an evaluation,
+and after each piece of a sample.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from data.loader import Step
 from data.settings import UserError
 from model.precision import weights_unchanged
 from parallel import collectives, fsdp
-from trainer import machine
+from trainer import devices, machine
 from trainer.config import Config
 from trainer.evaluation import describe, evaluate
 from trainer.fault_tolerance.errors import AlreadyFinished, Stopped
@@ -25,17 +27,18 @@ from trainer.fault_tolerance.signals import StopFlag, write_requeue_file
 from trainer.fault_tolerance.watchdog import report_failures
 from trainer.generate import Sampling, generate_text
 from trainer.metrics import read_lines
+from trainer.resume import checkpoint_fields
 from trainer.run import Run
-from trainer.startup import checkpoint_fields, start
+from trainer.startup import start
 from trainer.step import train_step
 from trainer.terminal import rank
 
 
 def train(config: Config, stop: StopFlag | None = None) -> int:
-    """Start the run of `config` in this process, or resume it, and train to its end. Returns the exit code.
+    """Start or resume the run of `config` in this process, and train to its end. Returns the exit code.
 
-    `stop` hears signals already; if it is None, they are heard from here on. Raises UserError, and RankFailed if
-    another rank ended the run.
+    `stop` receives the signals of this process; if it is None, a new one is installed for the time of this call. Raises
+    UserError for a mistake of the user's, and RankFailed if another rank ended the run.
     """
     if stop is None:
         with StopFlag() as stop:
@@ -44,17 +47,18 @@ def train(config: Config, stop: StopFlag | None = None) -> int:
         with start(config, stop) as run:
             with report_failures(run.watchdog, config.train.micro_batch_size, config.data.seq_len):
                 loop(run)
-            return 1 if run.saver is not None and run.saver.failed else 0
-    except AlreadyFinished as finished:
+            has_failed_save = run.saver is not None and run.saver.failed
+            return 1 if has_failed_save else 0
+    except AlreadyFinished as message:
         if rank() == 0:
-            print(finished)
+            print(message)
         return 0
-    except Stopped:  # before the first step
+    except Stopped:  # during the start; `loop` handles a stop after it
         return 0
 
 
 def loop(run: Run) -> None:
-    """Train until the last step, until train.stop_at, or until a signal; then finish the run, or save it."""
+    """Train until the last step, until train.stop_at, or until a signal; then finish or save the run."""
     try:
         raise_if_stopped(run)
         run_missed_evaluation(run)
@@ -69,20 +73,20 @@ def loop(run: Run) -> None:
 
 
 def train_steps(run: Run, last: int) -> None:
-    """Steps up to `last`, with the evaluations, samples and checkpoints that are due between them. Raises Stopped."""
-    config, save_due = run.config, False
+    """Train up to step `last`, with the evaluations, samples and checkpoints that are due.
+
+    Raises Stopped on all ranks if one of them was asked to stop, and UserError if the training diverged.
+    """
+    config = run.config
+    save_due = False
     assert run.saver is not None
     run.model.train()
     started = time.perf_counter()
-    for batch, waited in timed_batches(run, last):
+    for batch, data_seconds in timed_batches(run, last):
         result = train_step(run, batch)
         run.stop.step_done = True
-        now = time.perf_counter()
-        seconds, started = now - started, now
-        speed = batch.real_tokens / seconds
-        times = {"tokens_per_second": speed, "step_seconds": seconds, "data_seconds": waited}
-        fields = {"tokens": run.tokens, **result.fields, **times, **device_fields(run, speed)}
-        run.reporter.train(run.step, fields)
+        step_seconds = time.perf_counter() - started
+        report_step(run, result.fields, batch.real_tokens, step_seconds, data_seconds)
         if result.ready:
             run.saver.poll()
         raise_if_diverged(run)
@@ -93,80 +97,104 @@ def train_steps(run: Run, last: int) -> None:
                 run_evaluation(run, config.eval.batches)
             if due(config.sample.every, run.step):
                 run_samples(run)
-        save_due = save_due or run.step == last or due(config.checkpoint.every, run.step)
-        # Weights that gave no finite gradient may be bad: a save that is due then waits for a step that gives one.
+        if run.step == last or due(config.checkpoint.every, run.step):
+            save_due = True
+        # If the last steps were skipped, the weights may be bad: a save that is due waits for a step with a finite
+        # gradient. Only the last step of the run is always saved.
         if run.step == run.steps or (save_due and not run.skipped):
             run.watchdog.mark("saving")
             run.saver.save(run.step, checkpoint_fields(run), wait=run.step == last)
             save_due = False
-        started = time.perf_counter()
+        started = time.perf_counter()  # here, so that evaluations, samples and saves are not part of a step's time
+
+
+def report_step(run: Run, fields: dict[str, Any], real_tokens: int, step_seconds: float, data_seconds: float) -> None:
+    """Write the `train` line of a finished step: the fields of `train_step`, times, and how the device was used."""
+    tokens_per_second = real_tokens / step_seconds
+    run.reporter.train(
+        run.step,
+        {
+            "tokens": run.tokens,
+            **fields,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            **device_fields(run, tokens_per_second),
+        },
+    )
 
 
 def timed_batches(run: Run, last: int) -> Iterator[tuple[Step, float]]:
-    """The loader's steps up to `last`, and the seconds that the loop waited for each."""
+    """The batches of the steps up to `last`, each with the seconds that the loop waited for it."""
     batches = run.loader.steps(run.step, last)
     while True:
         run.watchdog.mark("data", run.step + 1)
-        start = time.perf_counter()
-        item = next(batches, None)
-        if item is None:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
             return
-        yield item, time.perf_counter() - start
+        yield batch, time.perf_counter() - started
 
 
 def due(every: int, step: int) -> bool:
+    """Whether something that is done after each `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0
 
 
 def raise_if_diverged(run: Run) -> None:
-    """Raises UserError after train.max_skipped steps in a row without a finite gradient."""
+    """Raises UserError after train.max_skipped consecutive steps without a finite gradient."""
     limit = run.config.train.max_skipped
     if run.skipped >= limit:
         newest = run.saver.newest if run.saver is not None else None
         raise UserError(
-            f"train.max_skipped={limit}: so many steps in a row had no finite gradient; "
-            f"lower train.max_lr, and start again by the same command, from step {newest}"
+            f"train.max_skipped={limit}: {limit} consecutive steps had no finite gradient; "
+            f"lower train.max_lr, and resume from step {newest} by the same command"
         )
 
 
 def raise_if_stopped(run: Run) -> None:
     """Raises Stopped on all ranks if one of them was asked to stop.
 
-    Called before the first step, before each batch of an evaluation, and after each token of a sample.
+    Called before the first step, before each batch of an evaluation, and after each piece of a sample.
     """
     run.watchdog.mark(run.watchdog.progress.phase)
     (requests,) = collectives.sum_over_ranks(torch.tensor([run.stop.requested, run.stop.requeue]))
-    stop, requeue = (requests > 0).tolist()
-    if stop:
-        raise Stopped(requeue)
+    stop_requests, requeue_requests = requests.tolist()
+    if stop_requests > 0:
+        raise Stopped(requeue=requeue_requests > 0)
 
 
 def device_fields(run: Run, tokens_per_second: float) -> dict[str, float]:
-    """How a step used each device: TFLOP/s of the model, their share of the device's peak (MFU), and memory."""
+    """How a step used each device: the model's TFLOP/s, their fraction of the device's peak (MFU), and memory."""
     config = run.config
-    flops = config.model.flops_per_token(run.tokenizer.vocab_size, config.data.seq_len)
-    rate = flops * tokens_per_second / run.world.size
-    peak = machine.peak_flops(run.device, run.dtype)
-    mfu = {} if peak is None else {"mfu": rate / peak}
-    return {"tflops": rate / 1e12, **mfu, **machine.memory_used(run.device)}
+    flops_per_token = config.model.flops_per_token(run.tokenizer.vocab_size, config.data.seq_len)
+    flops_per_second = flops_per_token * tokens_per_second / run.world.size
+    fields = {"tflops": flops_per_second / 1e12}
+    peak = devices.peak_flops(run.device, run.dtype)
+    if peak is not None:
+        fields["mfu"] = flops_per_second / peak
+    return fields | machine.memory_used(run.device)
 
 
 def run_missed_evaluation(run: Run) -> None:
-    """The evaluation and the samples of the step resumed from, if a stop cut them short."""
-    if 0 < run.step < run.steps:
-        if due(run.config.eval.every, run.step) and not was_evaluated(run):
-            run_evaluation(run, run.config.eval.batches)
-        if due(run.config.sample.every, run.step) and not collectives.broadcast(samples_file(run).exists()):
-            run_samples(run)
+    """After a resume, run the evaluation and the samples of that step, if a stop interrupted them."""
+    if run.step == 0 or run.step >= run.steps:
+        return
+    if due(run.config.eval.every, run.step) and not was_evaluated(run):
+        run_evaluation(run, run.config.eval.batches)
+    if due(run.config.sample.every, run.step) and not collectives.broadcast(samples_file(run).exists()):
+        run_samples(run)
 
 
 def was_evaluated(run: Run) -> bool:
-    """Whether metrics.jsonl, as rank 0 sees it, has an evaluation of this step."""
+    """Whether metrics.jsonl, which rank 0 reads for all, has an evaluation of this step."""
     lines = read_lines(run.reporter.file.path) if run.world.rank == 0 else []
-    return bool(collectives.broadcast(any(x["kind"] == "eval" and x["step"] == run.step for x in lines)))
+    was_evaluated = any(line["kind"] == "eval" and line["step"] == run.step for line in lines)
+    return bool(collectives.broadcast(was_evaluated))
 
 
 def run_evaluation(run: Run, batches: int | str) -> None:
+    """Evaluate `batches` validation batches (`all` or a number), and report the result. Raises Stopped."""
     run.watchdog.mark("evaluation")
     with weights_unchanged():
         line = evaluate(
@@ -177,9 +205,13 @@ def run_evaluation(run: Run, batches: int | str) -> None:
 
 
 def run_samples(run: Run) -> list[str]:
-    """A story for each prompt, by all ranks alike; rank 0 writes them to samples/."""
+    """Sample a story for each prompt. All ranks compute the same stories, and rank 0 writes them to samples/.
+
+    Raises Stopped.
+    """
     run.watchdog.mark("sampling")
-    config, stories = run.config.sample, []
+    config = run.config.sample
+    stories = []
     with weights_unchanged(), fsdp.gathered(run.model):
         for seed, prompt in enumerate(config.prompts, start=run.config.train.seed):
             sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, seed=seed)
@@ -193,11 +225,12 @@ def run_samples(run: Run) -> list[str]:
 
 
 def samples_file(run: Run) -> Path:
+    """The file of the samples of this step."""
     return run.folder / "samples" / f"step-{run.step:08d}.txt"
 
 
 def save_unless_saved(run: Run) -> None:
-    """Finish the save that is under way, and save this step if it is not the newest and its gradient was finite."""
+    """Finish a save in progress; then save this step, unless it is saved already or its gradient was not finite."""
     run.watchdog.mark("saving")
     assert run.saver is not None
     run.saver.finish()
@@ -206,19 +239,19 @@ def save_unless_saved(run: Run) -> None:
 
 
 def end_early(run: Run, requeue: bool) -> None:
-    """End a run before its last step; `requeue`: the cluster is to start it again."""
+    """End a run before its last step; `requeue`: leave the mark that asks the cluster to start it again."""
     assert run.saver is not None
     if requeue and run.world.rank == 0:
         write_requeue_file(run.folder, run.step)
     run.watchdog.close()  # no rank waits for another from here on
     run.reporter.event(run.step, "stopped", requeue=requeue)
     run.reporter.close()
-    saved = f"saved at {run.saver.newest}" if run.saver.newest else "nothing saved"
+    saved = f"saved at {run.saver.newest}" if run.saver.newest else "no checkpoint was saved"
     run.reporter.log(f"stopped at step {run.step} of {run.steps}, {saved}; to resume: {command()}")
 
 
 def finish(run: Run) -> None:
-    """The end of a finished run: validation loss, a plot of the loss, a story, and commands to continue with."""
+    """End a finished run: evaluate, plot the loss, and print a story and commands to continue with."""
     if run.config.eval.final != "none" and not was_evaluated(run):
         run_evaluation(run, run.config.eval.final)
     stories = run_samples(run)
@@ -232,10 +265,7 @@ def finish(run: Run) -> None:
     print(f"plot of the loss: {plot_loss(run.folder)}")
     print(f"\n{stories[0]}\n")
     if run.config.data.source == "storybook":
-        from data.sources.storybook import derivable_sentences
-
-        derivable, total = (sum(counts) for counts in zip(*map(derivable_sentences, stories), strict=True))
-        print(f"{derivable} of {total} sentences in {len(stories)} stories can be derived from the storybook's grammar")
+        print_derivable(stories)
     print(
         f'generate:  python -m trainer.generate --checkpoint {run.folder} --prompt "{run.config.sample.prompts[0]}"\n'
         f"evaluate:  python -m trainer.evaluate --checkpoint {run.folder}\n"
@@ -243,9 +273,25 @@ def finish(run: Run) -> None:
     )
 
 
+def print_derivable(stories: list[str]) -> None:
+    """Print how many sentences of the stories the storybook's grammar can derive."""
+    from data.sources.storybook import derivable_sentences
+
+    derivable = total = 0
+    for story in stories:
+        derivable_here, total_here = derivable_sentences(story)
+        derivable += derivable_here
+        total += total_here
+    print(f"{derivable} of {total} sentences in {len(stories)} stories can be derived from the storybook's grammar")
+
+
 def command() -> str:
-    """The command that started this run, as a user would type it; a script that did names itself in LAUNCHED_BY."""
-    start = "python -m trainer.main"
+    """The command that started this run, as a user would type it.
+
+    A script that starts the trainer sets LAUNCHED_BY to its own command.
+    """
+    launcher = "python -m trainer.main"
     if "WORLD_SIZE" in os.environ:
-        start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')} -m trainer.main"
-    return f"{os.environ.get('LAUNCHED_BY', start)} {shlex.join(sys.argv[1:])}".strip()
+        launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')} -m trainer.main"
+    launcher = os.environ.get("LAUNCHED_BY", launcher)
+    return f"{launcher} {shlex.join(sys.argv[1:])}".strip()

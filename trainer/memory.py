@@ -1,11 +1,12 @@
-"""How much memory a rank needs at its peak, as a sum of parts that can be looked at one by one.
+"""The memory that a rank needs at the peak of a training step, as a sum of parts: the estimate of `--dry-run`.
 
-A step has two moments at which the most is held, with all activations of a micro-batch: in the head, and in the
-backward of the last block. Whichever takes more is the peak. Counted is what torch's allocator hands out on CUDA, with
-compiled parts unless train.compile=false; rows are taken to spread evenly over the experts.
+A step can have its peak in the head or in the backward of the last block, where all activations of a micro-batch are
+held, or at the end of the backward. The estimate is the largest of these. It counts what torch's allocator hands out on
+CUDA, with compiled parts unless train.compile=false, and assumes that rows spread evenly over the experts.
+docs/parallel.md compares it with the allocator's own numbers.
 
-Letters: T tokens of a micro-batch, D dim, F hidden, K top-k, V vocabulary; c bytes of a number in the dtype of the
-products. Where c is 4, nothing is cast, and what is said of casts falls away.
+"Products" are matrix products; `element_bytes` is the size of a number in their dtype. If that is 4, nothing is cast,
+and there are no copies of weights in another dtype.
 """
 
 from dataclasses import dataclass, fields
@@ -20,38 +21,39 @@ from parallel.fsdp import SMALL
 from parallel.mesh import Degrees
 from trainer.config import Config
 
-CUBLAS_WORKSPACE = 32 << 20  # torch's allocator gives it; on cards before sm90 it is 8 MiB
+CUBLAS_WORKSPACE_BYTES = 32 << 20  # allocated by torch's allocator; 8 MiB on cards before sm90
 
-OUTSIDE = "about 1 to 1.5 GiB (the CUDA context, loaded kernels, NCCL's buffers)"  # an estimate that nobody measured
+# an estimate, not measured
+OUTSIDE_ALLOCATOR = "about 1 to 1.5 GiB (the CUDA context, loaded kernels, NCCL's buffers)"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at its peak."""
+    """Bytes that a rank holds in one phase of a step, in parts."""
 
-    moment: str  # at which the peak is
+    phase: str
     state: int  # fp32 weights and AdamW's two moments
     gradients: int
     weights: int  # in the dtype of the products: gathered by FSDP, or cast
     activations: int  # kept from the forward to the backward
-    working: int  # what the moment itself takes
-    messages: int  # rows on their way to experts
+    workspace: int  # temporary tensors of the phase itself
+    exchange: int  # rows that are sent to experts of other ranks, or received
 
     @property
     def total(self) -> int:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "phase"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the memory depends on, in numbers of weights and of tokens."""
+    """Sizes that the memory depends on. Properties are numbers of weights, unless they name another unit."""
 
     config: Config
     vocab_size: int
-    c: int  # bytes of a number in the dtype of the products
+    element_bytes: int  # of a number in the dtype of the products
     degrees: Degrees
     layout: BatchLayout
 
@@ -61,231 +63,269 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """Tokens of a micro-batch of one rank."""
         return self.layout.rows * self.config.data.seq_len
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.degrees.replicate * self.degrees.shard
 
     @property
-    def compiled(self) -> bool:
-        return self.config.train.compile is not False  # auto: on CUDA
+    def is_compiled(self) -> bool:
+        return self.config.train.compile is not False  # `auto` compiles on CUDA
 
     @property
-    def cast(self) -> int:
-        """Bytes of the copy of an fp32 number that is made to compute with it."""
-        return self.c if self.c < 4 else 0
+    def cast_bytes(self) -> int:
+        """Bytes of the copy of an fp32 number in the dtype of the products; 0 if they are in fp32."""
+        return self.element_bytes if self.element_bytes < 4 else 0
 
     @property
-    def table(self) -> int:
-        """Weights of the embedding, and of the head."""
+    def embedding(self) -> int:
+        """Weights of the embedding; the head has as many."""
         return self.vocab_size * self.model.dim
 
     @property
     def experts(self) -> int:
-        """Weights of the experts of a layer that the ranks of an expert mesh hold, before they are sharded further."""
+        """Weights of one layer's experts on a rank of the `expert` mesh dimension, before they are sharded further."""
         if not self.model.moe_layers:
             return 0
-        return (
-            ExpertPlacement(self.model.n_experts, self.degrees.expert).slots
-            * 3
-            * self.model.dim
-            * self.model.expert_dim
-        )
+        slots = ExpertPlacement(self.model.n_experts, self.degrees.expert).slots
+        return slots * 3 * self.model.dim * self.model.expert_dim
 
     @property
     def all_experts(self) -> int:
+        """The same for all layers."""
         return len(self.model.moe_layers) * self.experts
 
     @property
     def dense(self) -> int:
-        """All other weights."""
-        total, _ = self.model.parameter_counts(self.vocab_size)
+        """All weights other than the routed experts'."""
         model = self.model
+        total, _ = model.parameter_counts(self.vocab_size)
         return total - len(model.moe_layers) * model.n_experts * 3 * model.dim * model.expert_dim
 
     @property
     def block(self) -> int:
-        """Weights of a block without its experts, the average of all."""
-        tables = self.table if self.model.tie_embeddings else 2 * self.table
-        return (self.dense - tables) // self.model.n_layers
+        """Weights of a block without its routed experts, the average over all blocks."""
+        embedding_and_head = self.embedding if self.model.tie_embeddings else 2 * self.embedding
+        return (self.dense - embedding_and_head) // self.model.n_layers
 
     @property
-    def held(self) -> int:
-        """Weights that lie here for good."""
+    def owned(self) -> int:
+        """Weights whose fp32 shards this rank keeps."""
         return self.dense // self.degrees.shard + self.all_experts // self.degrees.expert_shard
 
     @property
-    def several(self) -> bool:
+    def accumulates(self) -> bool:
+        """Whether a step has several micro-batches, whose gradients are added up."""
         return self.layout.micro_batches > 1
 
     @property
-    def sums_unsharded(self) -> bool:
-        """Whether micro-batches add up whole gradients, which are reduced at the last one."""
-        return self.several and self.config.train.reduce == "once"
+    def accumulates_unsharded(self) -> bool:
+        """Whether they are added up before they are sharded, and reduced with the last micro-batch."""
+        return self.accumulates and self.config.train.reduce == "once"
 
     @property
-    def one_unit(self) -> bool:
-        """Whether FSDP gathers the whole model at once."""
+    def is_one_unit(self) -> bool:
+        """Whether the whole model is one FSDP unit, gathered at once."""
         return 4 * (self.dense + self.all_experts) <= SMALL
 
     @property
-    def experts_sharded(self) -> bool:
-        """Whether the experts are units of FSDP of their own."""
+    def experts_are_units(self) -> bool:
+        """Whether the experts of each layer are an FSDP unit, separate from their block."""
         return self.degrees.expert > 1 and self.degrees.replicate * self.degrees.expert_shard > 1
 
     @property
-    def experts_whole(self) -> bool:
-        """Whether the experts lie here whole, out of FSDP's hands."""
-        return self.world == 1 or (self.degrees.expert > 1 and not self.experts_sharded)
+    def experts_are_unsharded(self) -> bool:
+        """Whether FSDP does not shard the experts: each rank owns its experts entirely."""
+        return self.world == 1 or (self.degrees.expert > 1 and not self.experts_are_units)
 
     @property
-    def experts_inside(self) -> bool:
-        """Whether FSDP shards the experts with the rest of their block."""
-        return not self.experts_whole and not self.experts_sharded
+    def experts_are_in_blocks(self) -> bool:
+        """Whether FSDP shards the experts together with their block."""
+        return not self.experts_are_unsharded and not self.experts_are_units
 
     @property
-    def copies(self) -> int:
-        """Bytes of the cast weights that are kept for all micro-batches of a step: of those that FSDP does not gather.
+    def cached_cast_bytes(self) -> int:
+        """Bytes of cast weights that are kept for all micro-batches of a step: those that FSDP does not gather.
 
-        The embedding is not cast.
+        The embedding is not cast, unless the head shares it.
         """
-        dense = self.dense - (0 if self.model.tie_embeddings else self.table) if self.world == 1 else 0
-        return self.cast * (dense + (self.all_experts if self.experts_whole else 0))
+        cast = self.all_experts if self.experts_are_unsharded else 0
+        if self.world == 1:
+            cast += self.dense if self.model.tie_embeddings else self.dense - self.embedding
+        return self.cast_bytes * cast
 
     @property
     def unit(self) -> int:
         """Weights that FSDP gathers for a block."""
-        return self.block + (self.experts if self.experts_inside else 0)
+        return self.block + (self.experts if self.experts_are_in_blocks else 0)
 
     @property
     def whole_unit(self) -> int:
-        """Weights that FSDP gathers where the whole model is one unit."""
-        return self.dense + (self.all_experts if self.experts_inside else 0)
+        """Weights that FSDP gathers if the whole model is one unit."""
+        return self.dense + (self.all_experts if self.experts_are_in_blocks else 0)
 
 
 def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, layout: BatchLayout) -> Memory:
-    """What a rank needs at its peak in training."""
+    """What a rank holds at the peak of a training step whose products are in `dtype`."""
     plan = Plan(config, vocab_size, dtype.itemsize, degrees, layout)
-    moments = (head_forward(plan), head_backward(plan), block_backward(plan), last_reduction(plan))
-    return max(moments, key=lambda memory: memory.total)
+    phases = (head_forward(plan), head_backward(plan), block_backward(plan), last_reduction(plan))
+    return max(phases, key=lambda memory: memory.total)
 
 
 def head_forward(p: Plan) -> Memory:
-    """The head's last chunk of logits, and the gradients that it has made so far."""
+    """The last chunk of logits in the head's forward, which also computes the gradients of head and hidden states."""
     logits = chunk_rows(p.tokens, p.vocab_size, torch.device("cuda")) * p.vocab_size
-    wide = 0 if p.compiled or not p.cast else 4 + 4  # uncompiled: besides, the logits and their softmax in fp32
-    gradients = 4 * p.table + p.tokens * p.model.dim * p.c
-    weights = 0 if p.world == 1 else head_weights(p, 0 if p.model.tie_embeddings else p.table)
-    return moment(p, "head, forward", gradients_before(p), weights, logits * (2 * p.c + wide) + gradients)
+    fp32_bytes = 0 if p.is_compiled or not p.cast_bytes else 4 + 4  # uncompiled: also logits and softmax in fp32
+    gradients = 4 * p.embedding + p.tokens * p.model.dim * p.element_bytes
+    weights = 0 if p.world == 1 else head_weights(p, 0 if p.model.tie_embeddings else p.embedding)
+    return with_activations(
+        p, "head, forward", gradients_before(p), weights, logits * (2 * p.element_bytes + fp32_bytes) + gradients
+    )
 
 
 def head_backward(p: Plan) -> Memory:
-    """The gradient of the head is cast; FSDP gathers the last block ahead."""
-    working = p.table * (4 + p.cast) + 2 * p.tokens * p.model.dim * p.c
-    weights = 0 if p.world == 1 else head_weights(p, p.unit + (p.experts if p.experts_sharded else 0))
-    return moment(p, "head, backward", gradients_before(p), weights, working)
+    """The head's gradient and its cast copy, while FSDP already gathers the last block."""
+    workspace = p.embedding * (4 + p.cast_bytes) + 2 * p.tokens * p.model.dim * p.element_bytes
+    weights = 0 if p.world == 1 else head_weights(p, p.unit + (p.experts if p.experts_are_units else 0))
+    return with_activations(p, "head, backward", gradients_before(p), weights, workspace)
 
 
 def head_weights(p: Plan, arriving: int) -> int:
-    """Gathered weights besides the experts': the root, which is the embedding, the head, and what is arriving."""
-    if p.one_unit:
-        return 2 * p.c * p.whole_unit
-    return p.c * (p.table * (1 if p.model.tie_embeddings else 2) + arriving)
+    """Bytes of gathered weights in the head: those of the root unit (embedding), the head, and `arriving` weights."""
+    if p.is_one_unit:
+        return 2 * p.element_bytes * p.whole_unit
+    return p.element_bytes * (p.embedding * (1 if p.model.tie_embeddings else 2) + arriving)
 
 
 def block_backward(p: Plan) -> Memory:
-    """The backward of the last block, when no activation of a block before it is freed yet."""
-    model, last = p.model, p.model.n_layers - 1
-    gradients, weights, reduced = gradients_before(p), block_weights(p), 0
+    """The backward of the last block, when the activations of all blocks before it are still held."""
+    model = p.model
+    gradients = gradients_before(p)
+    weights = block_weights(p)
+    workspace = 2 * p.tokens * p.element_bytes * model.dim  # the gradients of the block's input and output
     if p.world > 1:
-        # of the head: its sum over the ranks, and unless it was there before, what is added up
-        reduced = 4 * p.table // p.degrees.shard + (0 if p.sums_unsharded else 4 * p.table)
-    elif not p.several:
-        gradients = 4 * p.table
-    working = 2 * p.tokens * p.c * model.dim + reduced  # the gradients of what came in and of what went out
-    if not model.is_moe(last):
-        return moment(p, "last block, backward", gradients, weights, working + 4 * p.tokens * p.c * model.ffn_dim)
-    working += expert_backward(p)
-    messages = 2 * p.tokens * model.top_k * p.c * model.dim if p.degrees.expert > 1 else 0
-    return moment(p, "last block, backward", gradients, weights, working, messages)
+        # the reduced gradient of the head, and the unreduced one, unless it is accumulated in `gradients`
+        workspace += 4 * p.embedding // p.degrees.shard + (0 if p.accumulates_unsharded else 4 * p.embedding)
+    elif not p.accumulates:
+        gradients = 4 * p.embedding
+    if not model.is_moe(model.n_layers - 1):
+        workspace += 4 * p.tokens * p.element_bytes * model.ffn_dim
+        return with_activations(p, "last block, backward", gradients, weights, workspace)
+    workspace += expert_backward(p)
+    exchange = 2 * p.tokens * model.top_k * p.element_bytes * model.dim if p.degrees.expert > 1 else 0
+    return with_activations(p, "last block, backward", gradients, weights, workspace, exchange)
 
 
 def expert_backward(p: Plan) -> int:
-    """What the backward of a layer's experts takes at most, less what it has freed of the activations.
+    """Bytes that the backward of a layer's experts needs at most, minus the activations that it has freed by then.
 
-    It comes from `down`, whose input of F numbers a row is free by now, to SwiGLU, whose input and gradient have 2 F,
-    and to `gate_up`, whose gradient is made in the dtype of the products.
+    The backward goes through `down`, whose input (F numbers per row) is then freed, through SwiGLU, whose input and
+    gradient have 2 F numbers per row, and through `gate_up`, whose gradient is computed in the dtype of the products.
     """
-    hidden = p.tokens * p.model.top_k * p.model.expert_dim * p.c
-    # FSDP takes the gradients of both matrices together
-    to_weights = p.c * (2 * p.experts // 3 if p.experts_whole else p.experts)
+    hidden = p.tokens * p.model.top_k * p.model.expert_dim * p.element_bytes
+    # FSDP reduces the gradients of both matrices together, so it holds both
+    weight_gradients = p.element_bytes * (2 * p.experts // 3 if p.experts_are_unsharded else p.experts)
     if p.config.train.recompute == "none":
-        return max(3 * hidden, to_weights - hidden)
-    return max(6 * hidden, to_weights + 2 * hidden)
+        return max(3 * hidden, weight_gradients - hidden)
+    return max(6 * hidden, weight_gradients + 2 * hidden)
 
 
 def block_weights(p: Plan) -> int:
-    """Weights besides whole experts that are there in the backward of a block: the root, this block, the next one, and
-    what arrived of it."""
+    """Bytes of gathered weights in the backward of a block, without experts that FSDP does not shard.
+
+    They are those of the root, of this block, of the next one, and of the one that is being gathered.
+    """
     if p.world == 1:
         return 0
-    weights = p.c * (2 * p.whole_unit if p.one_unit else p.table + 3 * p.unit)
-    return weights + (3 * p.c * p.experts if p.experts_sharded else 0)
+    weights = p.element_bytes * (2 * p.whole_unit if p.is_one_unit else p.embedding + 3 * p.unit)
+    return weights + (3 * p.element_bytes * p.experts if p.experts_are_units else 0)
 
 
 def last_reduction(p: Plan) -> Memory:
-    """The end of the backward: no activations, all gradients, and the embedding's on its way."""
-    working = p.table * (p.c + (4 + 4 // p.degrees.shard if p.world > 1 else 0)) + CUBLAS_WORKSPACE
-    weights = p.c * p.table if p.world > 1 else 0
-    return Memory("end of the backward", 12 * p.held, 4 * p.held, weights + p.copies, 0, working, 0)
+    """The end of the backward: no activations, all gradients, and that of the embedding while it is reduced."""
+    workspace = (
+        p.embedding * (p.element_bytes + (4 + 4 // p.degrees.shard if p.world > 1 else 0)) + CUBLAS_WORKSPACE_BYTES
+    )
+    weights = p.element_bytes * p.embedding if p.world > 1 else 0
+    return Memory(
+        phase="end of the backward",
+        state=12 * p.owned,
+        gradients=4 * p.owned,
+        weights=weights + p.cached_cast_bytes,
+        activations=0,
+        workspace=workspace,
+        exchange=0,
+    )
 
 
-def moment(p: Plan, name: str, gradients: int, weights: int, working: int, messages: int = 0) -> Memory:
-    """With what is the same at all moments: state, activations, and copies of weights that a step keeps."""
-    recompute, layers = p.config.train.recompute, range(p.model.n_layers)
-    kept = sum(kept_bytes(p.model, layer, recompute, p.c, p.compiled) for layer in layers)
-    if name.startswith("head"):  # the norm's input and output
-        kept += 2 * p.model.dim * p.c
-    working += CUBLAS_WORKSPACE
-    return Memory(name, 12 * p.held, gradients, weights + p.copies, p.tokens * kept, working, messages)
+def with_activations(p: Plan, phase: str, gradients: int, weights: int, workspace: int, exchange: int = 0) -> Memory:
+    """The memory of a phase in which all activations are held, with the parts that all these phases share."""
+    recompute = p.config.train.recompute
+    bytes_per_token = sum(
+        kept_bytes(p.model, layer, recompute, p.element_bytes, p.is_compiled) for layer in range(p.model.n_layers)
+    )
+    if phase.startswith("head"):  # the input and output of the last norm
+        bytes_per_token += 2 * p.model.dim * p.element_bytes
+    return Memory(
+        phase=phase,
+        state=12 * p.owned,
+        gradients=gradients,
+        weights=weights + p.cached_cast_bytes,
+        activations=p.tokens * bytes_per_token,
+        workspace=workspace + CUBLAS_WORKSPACE_BYTES,
+        exchange=exchange,
+    )
 
 
 def gradients_before(p: Plan) -> int:
-    """Bytes of gradients that are there when the last micro-batch begins."""
-    if not p.several:
+    """Bytes of gradients that are held when the last micro-batch begins."""
+    if not p.accumulates:
         return 0
-    whole = p.sums_unsharded or p.world == 1
-    return 4 * (p.dense + p.all_experts if whole else p.held)
+    if p.accumulates_unsharded or p.world == 1:
+        return 4 * (p.dense + p.all_experts)
+    return 4 * p.owned
 
 
-def kept_bytes(model: ModelConfig, layer: int, recompute: str, c: int, compiled: bool) -> int:
-    """Bytes a token that a block keeps from its forward to its backward."""
-    kept = c * kept_numbers(model, layer, recompute, compiled)
+def kept_bytes(model: ModelConfig, layer: int, recompute: str, element_bytes: int, compiled: bool) -> int:
+    """Bytes per token that a block keeps from its forward to its backward."""
+    kept = element_bytes * kept_numbers(model, layer, recompute, compiled)
     if model.is_moe(layer):
-        if recompute != "full" and c < 4:
-            kept += 4 * model.dim  # the router's input
-        kept += 40 * model.top_k + 4 * model.n_experts  # the order of rows, and the router's logits
+        if recompute != "full" and element_bytes < 4:
+            kept += 4 * model.dim  # the router's input, in fp32
+        kept += 40 * model.top_k + 4 * model.n_experts  # the permutation of rows, and the router's logits
     if model.dropout and not compiled:
-        kept += 2 * model.dim  # masks
+        kept += 2 * model.dim  # dropout masks
     return kept
 
 
 def kept_numbers(model: ModelConfig, layer: int, recompute: str, compiled: bool) -> int:
-    """Numbers a token that a block keeps from its forward to its backward (docs/parallel.md has the table)."""
-    d, none, full = model.dim, recompute == "none", recompute == "full"
-    attention = 2 * d + attention_numbers(model, layer, compiled) if none else d
+    """Numbers per token that a block keeps from its forward to its backward (docs/parallel.md has the table)."""
+    dim = model.dim
+    kept = 3 * dim  # inputs of the two norms, and of the feed-forward
+    if recompute == "none":
+        kept += dim + attention_numbers(model, layer, compiled)
     if not model.is_moe(layer):
-        return attention + 2 * d + (0 if full else 3 * model.ffn_dim)
-    routed = model.top_k * d + (3 * model.top_k * model.expert_dim if none else 0)
-    shared = model.expert_dim * (1 if full else 3) if model.shared_expert else 0
-    return attention + 2 * d + routed + shared
+        return kept + (0 if recompute == "full" else 3 * model.ffn_dim)
+    kept += model.top_k * dim
+    if recompute == "none":
+        kept += 3 * model.top_k * model.expert_dim
+    if model.shared_expert:
+        kept += model.expert_dim if recompute == "full" else 3 * model.expert_dim
+    return kept
 
 
 def attention_numbers(model: ModelConfig, layer: int, compiled: bool) -> int:
-    """The same of attention without its norm: queries, keys and values as projected, what became of them, and out."""
-    queries, keys = model.head * model.n_heads, model.head * model.kv_heads
-    projected, out = queries + 2 * keys, queries
-    if model.uses_rope(layer):  # turned, and then normalized; compiled, the former is made again
-        return projected + (queries + keys) * (2 if model.qk_norm and not compiled else 1) + out
-    return projected + (queries if model.temperature_tuning else 0) + out
+    """Numbers per token that attention keeps, without its norm: projections, rotated or scaled queries, and output."""
+    queries = model.head * model.n_heads
+    keys = model.head * model.kv_heads
+    kept = queries + 2 * keys  # the projected queries, keys and values
+    if model.uses_rope(layer):
+        kept += queries + keys  # after RoPE, or after the norm if there is one
+        if model.qk_norm and not compiled:
+            kept += queries + keys  # after RoPE and after the norm: only compiled code recomputes the former
+    elif model.temperature_tuning:
+        kept += queries  # scaled
+    return kept + queries  # the output

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (the truth), the terminal, and wandb. Rank 0 alone has one that speaks."""
+"""The reports of a run, by rank 0: metrics.jsonl, which has everything, log lines on the terminal, and wandb."""
 
 import errno
 import json
@@ -15,22 +15,22 @@ from trainer.config import LogConfig
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line, each line one flushed write."""
+    """metrics.jsonl: one JSON object per line. Each line is one unbuffered write, so that a crash tears at most one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def cut(self, step: int) -> None:
-        """Drop a torn last line, and all lines beyond `step`, as a resume from there wants it."""
+        """Remove all lines beyond `step`, and torn ones, before a run resumes from that step."""
         if not self.path.exists():
             return
         kept = [line for line in read_lines(self.path) if line.get("step", 0) <= step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(aside, self.path)
+        new_file = self.path.with_suffix(".tmp")
+        new_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(new_file, self.path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one object, as a whole or not at all. Raises OSError when there is no room."""
+        """Append one object, completely or not at all. Raises OSError if the disk is full."""
         text = json.dumps(line).encode() + b"\n"
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
@@ -43,9 +43,11 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn one is passed over."""
+    """The objects of a metrics file; torn lines are skipped. Empty if there is no file."""
+    if not path.exists():
+        return []
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -56,63 +58,69 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Reporter:
-    """File, terminal and wandb behind one object; a quiet one (rank > 0) does nothing."""
+    """metrics.jsonl, the terminal and wandb behind one object. If it is not enabled, as on ranks > 0, it does nothing.
 
-    def __init__(self, folder: Path, config: LogConfig, name: str, speaks: bool) -> None:
-        self.config, self.name, self.folder, self.speaks = config, name, folder, speaks
+    A full disk, a closed terminal or an error of wandb does not end the run.
+    """
+
+    def __init__(self, folder: Path, config: LogConfig, name: str, enabled: bool) -> None:
+        self.folder = folder
+        self.config = config
+        self.name = name
+        self.enabled = enabled
         self.file = MetricsFile(folder / "metrics.jsonl")
         self._bar: tqdm | None = None
         self._wandb: Any = None
         self._steps = 0
-        self._full = False
+        self._disk_failed = False  # the last write failed
 
     def log(self, text: str) -> None:
-        """A line on stdout, above the bar."""
-        if self.speaks:
-            self._shown(lambda: tqdm.write(text) if self._bar is not None else print(text, flush=True))
+        """Print a line on stdout, above the progress bar."""
+        if self.enabled:
+            self._show(lambda: tqdm.write(text) if self._bar is not None else print(text, flush=True))
 
-    def _shown(self, show: Callable[[], object]) -> None:
-        """On the terminal, if it is still there: a closed one must not end a run."""
+    def _show(self, show: Callable[[], object]) -> None:
+        """Call `show`, which writes to the terminal. A closed terminal is ignored."""
         try:
             show()
         except OSError:
             self._bar = None
 
-    def _kept(self, path: Path, keep: Callable[[], object]) -> None:
-        """On the disk, if there is room: a full one must not end a run. Said once, until there is room again."""
+    def _store(self, path: Path, store: Callable[[], object]) -> None:
+        """Call `store`, which writes to `path`. An error is logged once, until a write succeeds again."""
         try:
-            keep()
-            self._full = False
+            store()
+            self._disk_failed = False
         except OSError as error:
-            if not self._full:
-                self.log(f"{path}: cannot be written ({error.strerror}); going on without")
-            self._full = True
+            if not self._disk_failed:
+                self.log(f"{path}: cannot be written ({error.strerror}); the run continues without it")
+            self._disk_failed = True
 
     def write_text(self, path: Path, text: str) -> None:
-        """A file of the run, such as its samples."""
+        """Write a file of the run, such as its samples."""
 
-        def keep() -> None:
+        def store() -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
-        if self.speaks:
-            self._kept(path, keep)
+        if self.enabled:
+            self._store(path, store)
 
     def start(self, step: int, steps: int, settings: dict[str, Any]) -> None:
-        """The bar (on a terminal only), and wandb."""
+        """Start wandb, and on a terminal the progress bar, at `step` of `steps`."""
         self._steps = steps
-        if not self.speaks:
+        if not self.enabled:
             return
         self._start_wandb(settings)
         self.event(step, "start", steps=steps)
         if sys.stderr.isatty():
-            plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+            uses_color = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
             self._bar = tqdm(
                 initial=step,
                 total=steps,
                 unit="step",
                 dynamic_ncols=True,
-                colour=None if plain else "green",
+                colour="green" if uses_color else None,
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
             )
 
@@ -121,7 +129,9 @@ class Reporter:
         if mode == "disabled":
             return
         if mode == "online" and not os.environ.get("WANDB_API_KEY"):
-            self.log("log.wandb=online: no WANDB_API_KEY in the environment; logging offline (`wandb sync` sends it)")
+            self.log(
+                "log.wandb=online: WANDB_API_KEY is not set, so wandb logs offline; `wandb sync` uploads the run later"
+            )
             mode = "offline"
         try:
             import wandb
@@ -136,56 +146,60 @@ class Reporter:
                 settings=quiet,
             )
             self._wandb.define_metric("*", step_metric="step")
-        except Exception as error:  # a logger must not end a run
-            self.log(f"log.wandb={mode}: {str(error).splitlines()[0]}; going on without it")
+        except Exception as error:  # whatever wandb raises, the run continues
+            self.log(f"log.wandb={mode}: {str(error).splitlines()[0]}; the run continues without wandb")
             self._wandb = None
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
-        """A line in the file, the same to wandb."""
-        if not self.speaks:
+        """Write a line to metrics.jsonl, and its numbers to wandb. JSON has no NaN: non-finite numbers become null."""
+        if not self.enabled:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        self._kept(self.file.path, lambda: self.file.write({"kind": kind, "step": step, **finite}))  # JSON has no NaN
+        line: dict[str, Any] = {"kind": kind, "step": step}
+        for key, value in fields.items():
+            line[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+        self._store(self.file.path, lambda: self.file.write(line))
         if self._wandb is not None and (kind == "eval" or (kind == "train" and step % self.config.every == 0)):
-            numbers = {f"{kind}/{k}": v for k, v in fields.items() if isinstance(v, int | float)}
+            numbers = {f"{kind}/{key}": value for key, value in fields.items() if isinstance(value, int | float)}
             self._wandb.log({"step": step, **numbers})
 
     def event(self, step: int, event: str, **fields: Any) -> None:
-        """Something that happened."""
+        """Write an `event` line; docs/metrics.md lists the events."""
         self.write("event", step, event=event, **fields)
 
     def train(self, step: int, fields: dict[str, Any]) -> None:
-        """A finished step: the file always, the terminal by bar or every log.every steps."""
+        """Write the `train` line of a finished step; show it in the bar, or as a log line every log.every steps."""
         self.write("train", step, **fields)
-        if not self.speaks:
+        if not self.enabled:
             return
-        text = f"loss {fields['loss']:.3f}, {fields['tokens_per_second']:,.0f} tokens/s{_on_gpu(fields)}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._shown(lambda: self._bar and self._bar.update(step - self._bar.n))
+        text = f"loss {fields['loss']:.3f}, {fields['tokens_per_second']:,.0f} tokens/s{_gpu_usage(fields)}"
+        bar = self._bar
+        if bar is not None:
+            bar.set_postfix_str(text, refresh=False)
+            self._show(lambda: bar.update(step - bar.n))
         elif step % self.config.every == 0 or step == self._steps:
-            left = (self._steps - step) * fields["step_seconds"]
-            self.log(f"step {step}/{self._steps}: {text}, lr {fields['lr']:.2e}, {_clock(left)} left")
+            seconds_left = (self._steps - step) * fields["step_seconds"]
+            self.log(f"step {step}/{self._steps}: {text}, lr {fields['lr']:.2e}, {_duration(seconds_left)} left")
 
     def close(self) -> None:
-        """End bar and wandb."""
+        """Close the bar and wandb."""
         if self._bar is not None:
-            self._shown(self._bar.close)
+            self._show(self._bar.close)
             self._bar = None
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
 
 
-def _on_gpu(fields: dict[str, Any]) -> str:
-    """How much of a GPU a step used, for the terminal; nothing on a CPU."""
+def _gpu_usage(fields: dict[str, Any]) -> str:
+    """How a step used the GPU, for the terminal: speed and memory; empty on a CPU."""
     if "memory_reserved_gib" not in fields:
         return ""
     speed = f"{fields['mfu']:.0%} MFU" if "mfu" in fields else f"{fields['tflops']:.1f} TFLOP/s"
     return f", {speed}, {fields['memory_gib']:.1f} GiB"
 
 
-def _clock(seconds: float) -> str:
+def _duration(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,7 +1,12 @@
-"""AdamW (arXiv:1711.05101), the learning rate, which is a function of the step alone, and the loss scale of fp16."""
+"""AdamW (arXiv:1711.05101), the learning rate, which depends on the step alone, and the loss scale of fp16.
+
+To add an optimizer, add a setting that selects it to `TrainConfig`, and construct it and its state in `make_optimizer`.
+A checkpoint stores each tensor of that state under the name `optim.KEY.PARAMETER`.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +16,11 @@ from trainer.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of `step` (from 0) of a run of `steps`: linear warm-up, and then by the schedule.
+    """The learning rate of `step` (from 0) in a run of `steps`: a linear warm-up, and then the schedule.
 
-    cosine falls to min_lr at step decay_steps. wsd (warm-up, stable, decay; arXiv:2404.06395) stays at max_lr and falls
-    to min_lr in the last decay_steps of the run, by 1 - sqrt (arXiv:2405.18392): until then a longer run has the same
-    rates.
+    cosine reaches min_lr at step decay_steps. wsd (warm-up, stable, decay; arXiv:2404.06395) stays at max_lr, and falls
+    to min_lr in the last decay_steps steps of the run, as 1 - sqrt (arXiv:2405.18392). Before that decay, its rates do
+    not depend on the length of the run.
     """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
@@ -23,25 +28,29 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
         return config.max_lr
     if config.schedule == "wsd":
         length = min(config.decay_steps or -(-steps // 10), steps - config.warmup_steps)
-        share = 1 - math.sqrt(min(1.0, max(0, step + 1 - (steps - length)) / max(1, length)))
+        factor = 1 - math.sqrt(min(1.0, max(0, step + 1 - (steps - length)) / max(1, length)))
     else:
         length = (config.decay_steps or steps) - config.warmup_steps
-        share = 0.5 * (1 + math.cos(math.pi * min(1.0, (step + 1 - config.warmup_steps) / max(1, length))))
-    return config.min_lr + (config.max_lr - config.min_lr) * share
+        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (step + 1 - config.warmup_steps) / max(1, length))))
+    return config.min_lr + (config.max_lr - config.min_lr) * factor
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over all weights, with its state made at once (zeros), so that a checkpoint can be loaded into it.
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all weights. Its state is allocated here (zeros), so that a checkpoint can be loaded into it.
 
-    Norms are not decayed, nor is the embedding: a step touches few of its rows, and decay would shrink the rest.
+    There is no weight decay of norms and of the embedding: a step has gradients for few of the embedding's rows, and
+    decay would shrink all others.
     """
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         decays = parameter.ndim >= 2 and name != "embedding.weight"
-        kind = isinstance(parameter, DTensor)  # fused AdamW takes a group of one kind only
-        groups.setdefault((decays, kind), []).append(parameter)
+        is_dtensor = isinstance(parameter, DTensor)  # fused AdamW accepts no group with both kinds of tensors
+        groups.setdefault((decays, is_dtensor), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": p, "weight_decay": config.weight_decay if decays else 0.0} for (decays, _), p in groups.items()],
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+            for (decays, _), parameters in groups.items()
+        ],
         lr=config.max_lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -58,32 +67,38 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by, so that small gradients survive fp16 (arXiv:1710.03740); else 1, and stays so.
+    """The factor of the loss that keeps small gradients representable in fp16 (arXiv:1710.03740); 1 in other dtypes.
 
-    Halved when a gradient is not finite, doubled after PATIENCE steps in a row that are.
+    It is halved when a gradient is not finite, and doubled after GROWTH_INTERVAL_STEPS consecutive finite steps. The
+    fields are stored in the manifest of a checkpoint under these names.
     """
 
     value: float = 1.0
     good: int = 0  # finite steps since the last change
     on: bool = False
 
-    PATIENCE = 1000
-    LARGEST = 2.0**24
+    INITIAL: ClassVar[float] = 2.0**16
+    LARGEST: ClassVar[float] = 2.0**24
+    GROWTH_INTERVAL_STEPS: ClassVar[int] = 1000
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "LossScale":
-        return cls(2.0**16, on=True) if dtype == torch.float16 else cls()
+        """The scale at the start of a run whose matrix products are in `dtype`."""
+        return cls(cls.INITIAL, on=True) if dtype == torch.float16 else cls()
 
     @property
     def can_fall(self) -> bool:
         return self.on and self.value > 1
 
-    def update(self, finite: bool) -> None:
-        """After a step."""
+    def update(self, is_finite: bool) -> None:
+        """Adjust the scale after a step, whose loss and gradients were finite or not."""
         if not self.on:
             return
-        self.good = self.good + 1 if finite else 0
-        if not finite:
+        if not is_finite:
+            self.good = 0
             self.value = max(1.0, self.value / 2)
-        elif self.good >= self.PATIENCE:
-            self.value, self.good = min(self.LARGEST, 2 * self.value), 0
+            return
+        self.good += 1
+        if self.good >= self.GROWTH_INTERVAL_STEPS:
+            self.good = 0
+            self.value = min(self.LARGEST, 2 * self.value)

@@ -9,7 +9,6 @@ extra `play` (gradio). Neither the page nor this process sends a request to anot
    page.
 """
 
-import argparse
 import errno
 import ipaddress
 import json
@@ -24,11 +23,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.settings import UserError
 from data.tokenizer import StreamDecoder
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 from trainer.fault_tolerance.launcher import exit_now
 from trainer.generate import Sampling, generate
 
@@ -340,14 +339,12 @@ def serve(blocks: "gradio.Blocks", n_experts: int, listener: socket.socket) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m trainer.play", description="A page that shows who takes each token.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    parser = Parser("python -m trainer.play", description="A page that shows which expert processes each token.")
+    add_checkpoint(parser)
     about = "the address to listen at (default: %(default)s, for this machine only)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
     about = f"the port to listen at; 0: any free one (default: the first free one from {PORTS[0]})"
     parser.add_argument("--port", type=int, help=about)
-    from trainer.cli import add_device
-
     add_device(parser)
     args = parser.parse_args(argv)
     if args.port is not None and not 0 <= args.port < 65536:
@@ -372,6 +369,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     exit_now(guarded(main))

@@ -1,4 +1,4 @@
-"""The state of a run on one rank: what `startup.start` makes ready, and `loop.py` and `step.py` change."""
+"""The state of a run on one rank: `startup.start` creates it, `loop.py` and `step.py` change it."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,27 +23,30 @@ from trainer.spikes import Spikes
 
 @dataclass(kw_only=True)
 class Run:
-    """A run on one rank. Leaving it as a context closes what it holds: folder lock, processes, wandb, threads."""
+    """A run on one rank, used as a context manager.
+
+    Its end releases `resources`: the folder lock, the process group, wandb, the saver and the watchdog.
+    """
 
     config: Config
     world: World
     device: torch.device
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # of matrix products
     degrees: Degrees
     corpus: Corpus
     tokenizer: Tokenizer
     loader: Loader
     steps: int  # of the whole run
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scale: LossScale
     reporter: Reporter
     stop: StopFlag
     watchdog: Watchdog
-    saver: Saver | None = None  # None where nothing is saved, as in tests of single steps
-    step: int = 0  # steps done
+    saver: Saver | None = None  # None if nothing is saved, as in tests of single steps
+    step: int = 0  # finished steps
     tokens: int = 0  # targets that entered the loss so far
-    skipped: int = 0  # steps in a row without a finite gradient
+    skipped: int = 0  # consecutive steps without a finite gradient
     spikes: Spikes = field(default_factory=Spikes)
     resources: ExitStack = field(default_factory=ExitStack)
 

@@ -1,28 +1,32 @@
-"""Jumps of the training loss, which a run logs."""
+"""Detection of jumps of the training loss, which a run logs."""
 
 import statistics
 from collections import deque
 
 
 class Spikes:
-    """Losses that jump: above the median of the last 100 by 10% and by eight times their median distance from it.
+    """Detects a loss that is above the median of the last 100 losses by 10% and by 8 median absolute deviations.
 
-    Of a normal distribution that is 5.4 standard deviations. A jump is told once, until the loss has come back.
+    8 median absolute deviations of a normal distribution are 5.4 standard deviations. A spike is reported once, until a
+    loss is below these bounds again.
     """
 
-    FEWEST = 20
+    WINDOW_LOSSES = 100
+    MIN_LOSSES = 20  # the median of fewer losses says too little
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=100)
-        self._high = False
+        self._recent: deque[float] = deque(maxlen=self.WINDOW_LOSSES)
+        self._in_spike = False
 
     def usual(self, loss: float) -> float | None:
-        """The usual loss, if this one begins a spike, else None. Takes it into account."""
-        begins, median = False, 0.0
-        if len(self._recent) >= self.FEWEST:
+        """The median of the recent losses if a spike begins with this loss, else None. Records the loss."""
+        median = None
+        if len(self._recent) >= self.MIN_LOSSES:
             median = statistics.median(self._recent)
-            distance = statistics.median(abs(x - median) for x in self._recent)
-            high = loss > max(median * 1.1, median + 8 * distance)
-            begins, self._high = high and not self._high, high
+            deviation = statistics.median(abs(other - median) for other in self._recent)
+            was_in_spike = self._in_spike
+            self._in_spike = loss > max(median * 1.1, median + 8 * deviation)
+            if was_in_spike or not self._in_spike:
+                median = None
         self._recent.append(loss)
-        return median if begins else None
+        return median

@@ -1,4 +1,4 @@
-"""The recorded run, resumed by the processes of the pool."""
+"""Resumes the recorded run, in processes of the pool."""
 
 from pathlib import Path
 
@@ -9,6 +9,6 @@ RECORDED = Path(__file__).parent
 
 
 def resume(runs: str) -> int:
-    """Resume a copy of the recorded run, which lies in the folder `run` of `runs`, and train to its last step."""
+    """Resume a copy of the recorded run, the folder `run` in `runs`, and train to its last step."""
     words = [f"data.dir={RECORDED / 'corpus'}", f"run.dir={runs}", "run.name=run"]
     return train(read_config(RECORDED / "config.yaml", words))

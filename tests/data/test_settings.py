@@ -14,7 +14,7 @@ from data.settings import SECTIONS, ConfigError, Section, UserError, dump, help_
 class Train(Section):
     """A section like those of other packages, with a key of each type."""
 
-    alternatives: ClassVar[tuple[str, ...]] = ("steps", "epochs")
+    mutually_exclusive: ClassVar[tuple[str, ...]] = ("steps", "epochs")
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     epochs: float | None = Field(None, gt=0, description="passes over the corpus")
     max_lr: float = Field(6e-4, gt=0, description="highest rate")

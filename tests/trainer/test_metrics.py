@@ -1,3 +1,5 @@
+"""metrics.jsonl, log lines, the progress bar, wandb, the plot of the loss and the table of runs."""
+
 import fcntl
 import os
 import pty
@@ -16,7 +18,7 @@ from trainer.report import list_runs, plot_loss
 STEP = {"tokens": 10, "loss": 1.5, "lr": 1e-3, "tokens_per_second": 1234.5, "step_seconds": 2.0}
 
 
-def test_resuming_cuts_torn_and_later_lines(tmp_path):
+def test_resume_removes_torn_and_later_lines(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     for step in range(1, 6):
         file.write({"kind": "train", "step": step})
@@ -28,8 +30,8 @@ def test_resuming_cuts_torn_and_later_lines(tmp_path):
     assert [x["step"] for x in read_lines(file.path)] == [1, 2, 3, 4]
 
 
-def test_lines_without_a_terminal(tmp_path, capsys):
-    reporter = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", speaks=True)
+def test_log_lines_without_a_terminal(tmp_path, capsys):
+    reporter = Reporter(tmp_path, LogConfig(every=2, wandb="disabled"), "r", enabled=True)
     reporter.start(0, 5, {})
     for step in range(1, 6):
         reporter.train(step, STEP)
@@ -43,8 +45,8 @@ def test_lines_without_a_terminal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("speed", "shown"), [({"tflops": 306.7, "mfu": 0.31}, "31% MFU"), ({"tflops": 12.34}, "12.3 TFLOP/s")]
 )
-def test_a_line_of_a_run_on_a_gpu_shows_speed_and_memory(tmp_path, capsys, speed, shown):
-    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", speaks=True)
+def test_log_line_on_a_gpu_has_speed_and_memory(tmp_path, capsys, speed, shown):
+    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="disabled"), "r", enabled=True)
     reporter.start(0, 5, {})
     reporter.train(1, {**STEP, **speed, "memory_gib": 28.54, "memory_reserved_gib": 30.1})
     reporter.train(2, {**STEP, "tflops": 0.01, "memory_gib": 0.4})
@@ -53,8 +55,8 @@ def test_a_line_of_a_run_on_a_gpu_shows_speed_and_memory(tmp_path, capsys, speed
     assert on_cpu == "step 2/5: loss 1.500, 1,234 tokens/s, lr 1.00e-03, 0:06 left"
 
 
-def test_a_quiet_rank_writes_and_says_nothing(tmp_path, capsys):
-    reporter = Reporter(tmp_path, LogConfig(), "r", speaks=False)
+def test_disabled_reporter_writes_and_prints_nothing(tmp_path, capsys):
+    reporter = Reporter(tmp_path, LogConfig(), "r", enabled=False)
     reporter.start(0, 5, {})
     reporter.train(1, STEP)
     reporter.event(1, "x")
@@ -77,7 +79,7 @@ r.close()
 
 
 @pytest.mark.parametrize("no_color", [True, False])
-def test_a_bar_on_a_terminal(tmp_path, no_color):
+def test_progress_bar_on_a_terminal(tmp_path, no_color):
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
@@ -88,7 +90,7 @@ def test_a_bar_on_a_terminal(tmp_path, no_color):
     try:
         while part := os.read(main, 65536):
             shown += part
-    except OSError:  # the end of a pseudo terminal
+    except OSError:  # the end of the pseudo terminal
         pass
     os.close(main)
     text = shown.decode()
@@ -96,24 +98,24 @@ def test_a_bar_on_a_terminal(tmp_path, no_color):
     assert ("\x1b[32m" in text) != no_color
 
 
-def test_online_without_a_key_goes_offline_in_one_line(tmp_path, capsys, monkeypatch):
+def test_wandb_without_a_key_logs_offline_with_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", speaks=True)
+    reporter = Reporter(tmp_path, LogConfig(every=1, wandb="online"), "r", enabled=True)
     reporter.start(0, 2, {"a": {"b": 1}})
     reporter.train(1, STEP)
     reporter.close()
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[0].startswith("log.wandb=online: no WANDB_API_KEY")
+    assert captured.out.splitlines()[0].startswith("log.wandb=online: WANDB_API_KEY is not set")
     assert list(tmp_path.glob("wandb/offline-run-*")) and "wandb" not in captured.err
 
 
-def test_the_loss_picture_and_the_list(tmp_path):
+def test_loss_plot_and_table_of_runs(tmp_path):
     assert "no runs in" in list_runs(tmp_path)
     run = tmp_path / "one"
     run.mkdir()
     (run / "config.yaml").write_text("")
     (tmp_path / "not a run").mkdir()
-    reporter = Reporter(run, LogConfig(wandb="disabled"), "one", speaks=True)
+    reporter = Reporter(run, LogConfig(wandb="disabled"), "one", enabled=True)
     reporter.start(0, 3, {})
     for step in (1, 2, 3):
         reporter.train(step, STEP | {"tokens": 10 * step})

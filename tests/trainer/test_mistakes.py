@@ -1,7 +1,8 @@
-"""Mistakes that small trainers of this kind were found to make, each caught where it would show.
+"""Mistakes that were found in other small trainers of this kind: a test for each would fail if it were made here.
 
-Others of them have their tests elsewhere: the router's gradient with top-1 (test_moe.py), evaluation that moves a bias
-or a random number (test_run.py), the loss beside that of transformers, which shifts by itself (test_llama4.py).
+Tests of other such mistakes are elsewhere: the gradient of the router with top-1 (test_moe.py), an evaluation that
+changes a bias or a random state (test_run.py), and targets that are shifted twice, as the loss of transformers shifts
+them itself (test_llama4.py).
 """
 
 from collections import Counter
@@ -20,14 +21,14 @@ from trainer.step import train_step
 
 @pytest.fixture(scope="module")
 def loaded(corpus_dir, tmp_path_factory):
-    """A model trained for some steps on rows of 32 tokens; it takes 512."""
+    """A model that was trained on rows of 32 tokens, and accepts 512."""
     runs = tmp_path_factory.mktemp("runs")
     cases.run(corpus_dir, runs, "run.name=short", "model.temperature_floor=16", "model.attention_chunk=24")
     return load_model(runs / "short")
 
 
-def test_a_training_step_applies_each_layer_once_and_trains_every_weight(corpus_dir):
-    """Once for each micro-batch; the router too, with top-1, and the last layer as the first."""
+def test_a_step_applies_each_layer_once_and_trains_all_weights(corpus_dir):
+    """Each layer is applied once per micro-batch, and the router is trained with top-1, too."""
     run = cases.fresh(corpus_dir, "train.micro_batch_size=3", "train.global_batch_size=6")
     calls = Counter()
     for name, module in run.model.named_modules():
@@ -36,14 +37,15 @@ def test_a_training_step_applies_each_layer_once_and_trains_every_weight(corpus_
     before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
     train_step(run, run.loader.step(0))
     parts = ("", ".attention_norm", ".feed_forward_norm", ".feed_forward.router", ".feed_forward.experts")
-    once = ["embedding", "head", *(f"blocks.{i}{part}" for i in range(2) for part in parts)]
-    assert {name: calls[name] for name in once} == dict.fromkeys(once, 2) and max(calls.values()) == 2
+    modules = ["embedding", "head", *(f"blocks.{i}{part}" for i in range(2) for part in parts)]
+    assert {name: calls[name] for name in modules} == dict.fromkeys(modules, 2)  # there are two micro-batches
+    assert max(calls.values()) == 2
     for name, weight in run.model.named_parameters():
         assert not torch.equal(weight, before[name]), name
 
 
-def test_each_token_of_a_story_is_predicted_from_those_before_it(loaded, corpus_dir):
-    """Against the text: shifted once, with eos among the targets, also where eos is what pads."""
+def test_each_token_is_predicted_from_those_before_it(loaded, corpus_dir):
+    """Targets are the text shifted once, with eos among them, even if eos is also the padding."""
     model, tokenizer, _ = loaded
     shard = Corpus.open(corpus_dir).split("train").shard(0)
     tokens = torch.from_numpy(shard.tokens[: shard.starts[4]].astype("int64"))
@@ -51,17 +53,17 @@ def test_each_token_of_a_story_is_predicted_from_those_before_it(loaded, corpus_
     rows = Rows(Corpus.open(corpus_dir).split("train"), 400, False, tokenizer.bos, pad=tokenizer.eos)
     batch = rows.batch([0, 1, 2, 3], [0, 1, 2, 3])
     assert len({len(story) for story in stories}) > 1 and max(map(len, stories)) <= 401
-    want = torch.zeros(())
+    expected = torch.zeros(())
     for story in stories:
         assert story[0] == tokenizer.bos and story[-1] == tokenizer.eos
-        want = want + F.cross_entropy(model.eval()(story[None, :-1]).logits[0], story[1:], reduction="sum")
-    torch.testing.assert_close(model(batch.tokens, batch.targets).loss, want, rtol=1e-5, atol=1e-2)
+        expected = expected + F.cross_entropy(model.eval()(story[None, :-1]).logits[0], story[1:], reduction="sum")
+    torch.testing.assert_close(model(batch.tokens, batch.targets).loss, expected, rtol=1e-5, atol=1e-2)
     assert int((batch.targets != IGNORE).sum()) == sum(len(story) - 1 for story in stories)
 
 
 @torch.no_grad()
-def test_positions_beyond_the_training_length(loaded):
-    """A model trained on 32 tokens takes its 512: cached or not the same, finite, and each token seen by the next."""
+def test_positions_beyond_the_training_length_work(loaded):
+    """Beyond the 32 tokens of training: the cache changes no logits, they are finite, and they depend on the past."""
     model, tokenizer, _ = loaded
     tokens = torch.randint(4, tokenizer.vocab_size, (1, 500), generator=torch.Generator().manual_seed(1))
     logits = model.eval()(tokens).logits
@@ -75,11 +77,11 @@ def test_positions_beyond_the_training_length(loaded):
     after = model(changed).logits
     assert not torch.allclose(after[0, 450:460], logits[0, 450:460])
     long = list(generate(model, tokenizer, "Once", Sampling(10_000, temperature=1.0, seed=1)))
-    assert len(long) < 512  # an eos, or the model's length: no error, and no token beyond
+    assert len(long) < 512  # it ended with eos or at the model's length, without an error
 
 
-def test_generation_and_evaluation_leave_training_mode_as_it_was(loaded):
-    """In the middle too, when whoever asks for tokens stops asking."""
+def test_generation_keeps_the_training_mode(loaded):
+    """Even if the caller stops before the end of the story."""
     model, tokenizer, _ = loaded
     for mode in (True, False):
         model.train(mode)

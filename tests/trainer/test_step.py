@@ -1,4 +1,4 @@
-"""Optimizer steps on many processes against one: losses, weights, biases, whatever the layout."""
+"""Optimizer steps on several processes equal those on one: losses, weights and biases, in any layout."""
 
 import numpy as np
 import pytest
@@ -11,14 +11,14 @@ SHAPES = [(n, k) for n in (1, 2, 5, 7, 31) for k in (1, 2) if k <= n]  # experts
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
+def no_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
-def alone_steps(corpus_dir):
-    """`steps` of one process, each case once, by the first seed without a near tie; and that seed's word."""
+def single_process(corpus_dir):
+    """Results of one process for a case, computed once with the first seed without a near tie; and that seed."""
     known = {}
 
     def get(dtype, *more):
@@ -34,16 +34,17 @@ def alone_steps(corpus_dir):
     return get
 
 
-def compare(got, want, tolerance):
-    (told, weights, _), (told_alone, weights_alone, _) = got, want
-    for a, b in zip(told, told_alone, strict=True):
+def compare(result, expected, tolerance):
+    fields, weights, _ = result
+    expected_fields, expected_weights, _ = expected
+    for a, b in zip(fields, expected_fields, strict=True):
         for key in ("loss", "grad_norm", "router_entropy", "z_loss", "aux_loss"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=tolerance), key
         for key in ("expert_load_max", "idle_experts"):
             assert a[key] == b[key]
-    assert set(weights) == set(weights_alone)
-    for name, weight in weights_alone.items():
+    assert set(weights) == set(expected_weights)
+    for name, weight in expected_weights.items():
         assert weights[name].shape == weight.shape
         if "bias" in name:
             assert np.array_equal(weights[name], weight), name
@@ -54,28 +55,28 @@ def compare(got, want, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world, replicate, expert", MESHES)
-def test_five_steps_equal_those_of_one_process(pool, corpus_dir, alone_steps, world, replicate, expert):
-    """Accumulation over two micro-batches, an active clip, balance, dropout 0.1."""
+def test_five_steps_equal_those_of_one_process(pool, corpus_dir, single_process, world, replicate, expert):
+    """With two micro-batches, clipped gradients, moving biases and dropout 0.1."""
     shapes = [(f"model.n_experts={n}", f"model.top_k={k}") for n, k in SHAPES]
     mesh = [f"parallel.replicate={replicate}", f"parallel.expert={expert}"]
-    wants = [alone_steps("float32", *shape) for shape in shapes]
-    wanted = [("float32", [*shape, *mesh, seed]) for shape, (_, seed) in zip(shapes, wants, strict=True)]
-    results = pool.run(world, STEPS, corpus=str(corpus_dir), cases=wanted)
-    for got, (want, _) in zip(results[0], wants, strict=True):
-        compare(got, want, 1e-5)
-    for other in results[1:]:  # the norm and so the clip are bitwise the same everywhere
-        for (told, _, _), (first, _, _) in zip(other, results[0], strict=True):
-            assert [x["grad_norm"] for x in told] == [x["grad_norm"] for x in first]
+    expected = [single_process("float32", *shape) for shape in shapes]
+    steps = [("float32", [*shape, *mesh, seed]) for shape, (_, seed) in zip(shapes, expected, strict=True)]
+    results = pool.run(world, STEPS, corpus=str(corpus_dir), cases=steps)
+    for result, (expected_result, _) in zip(results[0], expected, strict=True):
+        compare(result, expected_result, 1e-5)
+    for other in results[1:]:  # the norm, and so the clipping, is bitwise the same on all ranks
+        for (fields, _, _), (first, _, _) in zip(other, results[0], strict=True):
+            assert [x["grad_norm"] for x in fields] == [x["grad_norm"] for x in first]
 
 
 @pytest.mark.slow
-def test_five_steps_in_fp64_agree_to_the_last_digits(pool, corpus_dir, alone_steps):
-    """The loop of products instead of the grouped one; rounding hides no bug here."""
+def test_five_steps_in_fp64_agree_to_1e_10(pool, corpus_dir, single_process):
+    """fp64 uses a loop instead of the grouped product, and its rounding is too small to hide an error."""
     shape = ["model.n_experts=31", "model.top_k=2"]
-    want, seed = alone_steps("float64", *shape)
+    expected, seed = single_process("float64", *shape)
     for world, expert in ((4, 2), (4, 4)):
         case = ("float64", [*shape, seed, f"parallel.expert={expert}"])
-        compare(pool.run(world, STEPS, corpus=str(corpus_dir), cases=[case])[0][0], want, 1e-10)
+        compare(pool.run(world, STEPS, corpus=str(corpus_dir), cases=[case])[0][0], expected, 1e-10)
 
 
 OPTIONS = ["model.aux_loss_weight=0.01", "model.z_loss_weight=0.001", "model.noisy_top_k=true", "model.top_k=2"]
@@ -83,9 +84,9 @@ OPTIONS += ["data.mask_documents=true", "model.attention_chunk=20"]
 
 
 @pytest.mark.slow
-def test_options_change_no_result_by_layout(pool, corpus_dir, alone_steps):
-    """Router losses, noise, documents; recomputation; no overlap; one micro-batch or several; reduced at each."""
-    want, seed = alone_steps("float64", *OPTIONS)
+def test_results_with_all_options_do_not_depend_on_layout(pool, corpus_dir, single_process):
+    """Router losses, noise and documents, with recomputation, without overlap, with other micro-batches."""
+    expected, seed = single_process("float64", *OPTIONS)
     layouts = [
         [],
         ["train.recompute=full", "train.reduce=every"],
@@ -93,31 +94,31 @@ def test_options_change_no_result_by_layout(pool, corpus_dir, alone_steps):
         ["train.micro_batch_size=6"],
         ["train.micro_batch_size=1", "train.recompute=full"],
     ]
-    wanted = [("float64", [*OPTIONS, seed, "parallel.expert=2", *layout]) for layout in layouts]
-    for got in pool.run(2, STEPS, corpus=str(corpus_dir), cases=wanted)[0]:
-        compare(got, want, 1e-10)
-    compare(cases.steps(str(corpus_dir), "float64", [*OPTIONS, seed, *layouts[1]]), want, 1e-10)
-    assert all(x["z_loss"] > 0 and x["aux_loss"] >= 1 for x in want[0])
+    steps = [("float64", [*OPTIONS, seed, "parallel.expert=2", *layout]) for layout in layouts]
+    for result in pool.run(2, STEPS, corpus=str(corpus_dir), cases=steps)[0]:
+        compare(result, expected, 1e-10)
+    compare(cases.steps(str(corpus_dir), "float64", [*OPTIONS, seed, *layouts[1]]), expected, 1e-10)
+    assert all(x["z_loss"] > 0 and x["aux_loss"] >= 1 for x in expected[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_trains_with_experts_on_other_ranks(pool, corpus_dir, alone_steps, dtype):
-    want, seed = alone_steps("float32")
-    wanted = [(dtype, [seed, "parallel.expert=2", f"train.recompute={mode}"]) for mode in ("none", "full")]
-    plain, again = pool.run(2, STEPS, corpus=str(corpus_dir), cases=wanted)[0]
-    for a, b in zip(plain[0], want[0], strict=True):
+def test_low_precision_works_with_experts_on_other_ranks(pool, corpus_dir, single_process, dtype):
+    expected, seed = single_process("float32")
+    steps = [(dtype, [seed, "parallel.expert=2", f"train.recompute={mode}"]) for mode in ("none", "full")]
+    plain, recomputed = pool.run(2, STEPS, corpus=str(corpus_dir), cases=steps)[0]
+    for a, b in zip(plain[0], expected[0], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
-    assert [x["loss"] for x in plain[0]] == [x["loss"] for x in again[0]]
+    assert [x["loss"] for x in plain[0]] == [x["loss"] for x in recomputed[0]]
     assert all(w.dtype == np.float32 for w in plain[1].values())
 
 
 @pytest.mark.slow
-def test_metrics_of_the_experts(alone_steps):
-    (told, _, _), _ = alone_steps("float32", "model.n_experts=31", "model.top_k=1", "log.every=2")
-    assert ["expert_loads" in x for x in told] == [False, True, False, True, False]
-    loads = np.array(told[1]["expert_loads"])
+def test_expert_metrics_follow_from_the_loads(single_process):
+    (fields, _, _), _ = single_process("float32", "model.n_experts=31", "model.top_k=1", "log.every=2")
+    assert ["expert_loads" in x for x in fields] == [False, True, False, True, False]
+    loads = np.array(fields[1]["expert_loads"])
     assert loads.shape == (2, 31) and loads.dtype == np.int64 and len(set(loads.sum(1))) == 1
-    assert told[1]["idle_experts"] == (loads == 0).sum()
-    assert told[1]["expert_load_max"] == pytest.approx((loads.max(1) / loads.mean(1)).max())
-    assert 0 < told[1]["router_entropy"] <= np.log(31) and told[1]["rank_load_max"] == 1.0
+    assert fields[1]["idle_experts"] == (loads == 0).sum()
+    assert fields[1]["expert_load_max"] == pytest.approx((loads.max(1) / loads.mean(1)).max())
+    assert 0 < fields[1]["router_entropy"] <= np.log(31) and fields[1]["rank_load_max"] == 1.0

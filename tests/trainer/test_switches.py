@@ -1,4 +1,4 @@
-"""Every switch of the table in docs/switches.md acts, and the table names keys that are there."""
+"""Every setting in the table of docs/switches.md has an effect, and the table names existing settings."""
 
 import os
 import re
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from data.settings import ConfigError
 from tests.support import run_cases as cases
-from trainer import machine
+from trainer import devices, machine
 from trainer.config import SECTION_TYPES, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CHANGES = [  # another value -> other weights after five steps
+CHANGES = [  # each of these values leads to other weights after five steps
     "model.n_experts=6",
     "model.top_k=2",
     "model.noisy_top_k=true",
@@ -45,7 +46,12 @@ CHANGES = [  # another value -> other weights after five steps
     "data.seq_len=16",
     "data.pack=false",
 ]
-HF_CONFIG_KEYS = ["train.micro_batch_size=3", "train.recompute=selective", "train.recompute=full", "train.reduce=every"]
+MEMORY_SETTINGS = [  # these lead to the same weights
+    "train.micro_batch_size=3",
+    "train.recompute=selective",
+    "train.recompute=full",
+    "train.reduce=every",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +59,34 @@ def plain(corpus_dir):
     return cases.steps(str(corpus_dir), "float64", [])
 
 
-def farthest(got, want):
-    if {k: v.shape for k, v in got.items()} != {k: v.shape for k, v in want.items()}:
+def largest_distance(weights, expected):
+    """The largest relative distance of a weight; infinite if the weights have other names or shapes."""
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
         return float("inf")
-    return max(np.linalg.norm(got[k] - v) / (np.linalg.norm(v) + 1e-12) for k, v in want.items())
+    return max(np.linalg.norm(weights[k] - v) / (np.linalg.norm(v) + 1e-12) for k, v in expected.items())
 
 
 @pytest.mark.parametrize("word", CHANGES)
-def test_each_switch_changes_what_is_learned(corpus_dir, plain, word):
+def test_each_setting_changes_the_weights(corpus_dir, plain, word):
     _, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
-    assert farthest(weights, plain[1]) > 1e-7
+    assert largest_distance(weights, plain[1]) > 1e-7
 
 
-@pytest.mark.parametrize("word", HF_CONFIG_KEYS)
-def test_what_only_saves_memory_changes_nothing(corpus_dir, plain, word):
-    told, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
-    assert farthest(weights, plain[1]) < 1e-12
-    assert [x["loss"] for x in told] == pytest.approx([x["loss"] for x in plain[0]], rel=1e-12)
+@pytest.mark.parametrize("word", MEMORY_SETTINGS)
+def test_settings_that_save_memory_change_no_result(corpus_dir, plain, word):
+    fields, weights, _ = cases.steps(str(corpus_dir), "float64", [word])
+    assert largest_distance(weights, plain[1]) < 1e-12
+    assert [x["loss"] for x in fields] == pytest.approx([x["loss"] for x in plain[0]], rel=1e-12)
 
 
-def test_balance_off_leaves_the_biases_at_zero(corpus_dir, plain):
+def test_biases_stay_zero_without_balancing(corpus_dir, plain):
     _, weights, _ = cases.steps(str(corpus_dir), "float64", ["model.balance_rate=0"])
     biases = [name for name in weights if name.endswith("router.bias")]
     assert biases and not any(weights[name].any() for name in biases)
     assert all(plain[1][name].any() for name in biases)
 
 
-def test_the_seeds_names_stand_beside_keys_that_exist():
+def test_table_of_switches_names_existing_settings():
     text = (ROOT / "docs" / "switches.md").read_text()
     keys = re.findall(r"`(data|model|train|eval|checkpoint|sample|run|log)\.(\w+)", text)
     assert len(keys) > 30
@@ -90,7 +97,7 @@ def test_the_seeds_names_stand_beside_keys_that_exist():
 # --- liger ---
 
 
-def test_without_cuda_liger_is_one_line_and_the_built_in_loss(monkeypatch):
+def test_liger_without_cuda_falls_back_with_one_line(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loss, line = machine.choose_loss(True, torch.device("cpu"))
     assert loss is None and "train.liger=true" in line and "built-in loss" in line
@@ -106,20 +113,20 @@ assert loss is not None and line is None, line
 torch.manual_seed(0)
 targets = torch.randint(0, 300, (40,))
 targets[::5] = IGNORE
-for of_rows in (targets, torch.full_like(targets, IGNORE)):
+for row_targets in (targets, torch.full_like(targets, IGNORE)):
     results = []
-    for way in (loss, linear_cross_entropy):
+    for function in (loss, linear_cross_entropy):
         torch.manual_seed(1)
         hidden, weight = torch.randn(40, 32, requires_grad=True), torch.randn(300, 32, requires_grad=True)
-        value = way(hidden, weight, of_rows)
+        value = function(hidden, weight, row_targets)
         results.append((value, *torch.autograd.grad(value * 0.7, (hidden, weight))))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 """
 
 
 @pytest.mark.slow
-def test_ligers_own_kernels_give_the_same_loss_and_gradients():
-    """By Triton's interpreter, which must be chosen before triton is imported: so in a process of its own."""
+def test_liger_kernels_give_the_same_loss_and_gradients():
+    """With Triton's interpreter, which must be selected before triton is imported: hence in a new process."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (it is for Linux only)")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True, timeout=280)
@@ -129,21 +136,21 @@ def test_ligers_own_kernels_give_the_same_loss_and_gradients():
 # --- kaggle ---
 
 
-def test_a_card_too_old_for_torch_is_one_line():
+def test_a_card_that_is_too_old_for_torch_is_refused():
     built_for = ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_120"]
-    machine.check_card("Tesla T4", (7, 5), built_for)
-    machine.check_card("one that is newer", (13, 0), built_for)
-    machine.check_card("a torch without CUDA", (6, 0), [])
-    with pytest.raises(machine.ConfigError, match="P100.*is sm_60, torch .* from sm_75 on"):
-        machine.check_card("Tesla P100-PCIE-16GB", (6, 0), built_for)
+    devices.check_card("Tesla T4", (7, 5), built_for)
+    devices.check_card("one that is newer", (13, 0), built_for)
+    devices.check_card("a torch without CUDA", (6, 0), [])
+    with pytest.raises(ConfigError, match="P100.*is sm_60, torch .* from sm_75 on"):
+        devices.check_card("Tesla P100-PCIE-16GB", (6, 0), built_for)
 
 
-def test_fp16_on_the_cards_of_kaggle(monkeypatch):
-    """A T4 computes bf16 by emulation, though torch calls it supported."""
+def test_fp16_is_used_on_the_cards_of_kaggle(monkeypatch):
+    """A T4 emulates bf16, although torch reports it as supported."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert machine.choose_dtype("auto", torch.device("cuda", 0), 512) == torch.float16
 
 
-def test_the_kaggle_config_is_valid_and_asks_for_fp16():
+def test_kaggle_config_is_valid_and_sets_fp16():
     config = read_config(ROOT / "launch" / "kaggle.yaml")
     assert config.train.dtype == "float16" and config.run.name == "kaggle"

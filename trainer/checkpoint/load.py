@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from parallel import collectives
 from parallel.build import build_model
 from parallel.experts import as_global_dtensor
-from trainer import machine
+from trainer import devices, machine
 from trainer.checkpoint import block_io, layout
 from trainer.checkpoint.folder import TOKENIZER, Checkpoint, newest_checkpoint, no_usable_checkpoint, resolve_checkpoint
 from trainer.config import SECTION_TYPES, Config
@@ -97,7 +97,7 @@ def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokeniz
     for reason in [*skipped, *more]:
         print(f"skipped checkpoint {reason}", file=sys.stderr)
     tokenizer = Tokenizer(found.path / TOKENIZER)
-    device = machine.device_with_room(requested, sum(p.numel() for p in model.parameters()))
+    device = devices.device_with_room(requested, sum(p.numel() for p in model.parameters()))
     place(model, device, machine.inference_dtype(device))
     print(f"{found.path}: step {found.step}, on {device.type}, {dtype_name(model.compute_dtype)}", file=sys.stderr)
     return model, tokenizer, config

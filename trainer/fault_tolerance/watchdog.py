@@ -137,7 +137,7 @@ class Watchdog:
         It does not while the thread waits for other ranks, as in any step, because a thread that waits for NCCL or for
         the GPU spins and uses a whole core. Before the first step, those are the phases that connect the processes.
         """
-        return self.progress.step == 0 and self.progress.phase not in ("connecting", "the first message")
+        return self.progress.step == 0 and self.progress.phase not in ("connecting", "waiting for all ranks")
 
     def _watch(self) -> None:
         last_time, last_cpu_time = time.monotonic(), time.process_time()

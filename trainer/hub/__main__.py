@@ -1,12 +1,12 @@
 """The commands `python -m trainer.hub export` and `python -m trainer.hub import`."""
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import UserError
+from trainer.cli import Parser, add_checkpoint, add_device, guarded
 
 
 def parse_size(text: str) -> int:
@@ -18,10 +18,10 @@ def parse_size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m trainer.hub", description="To and from the Hugging Face layout.")
+    parser = Parser("python -m trainer.hub", description="To and from the Hugging Face layout.")
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
-    out.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run folder (its newest)")
+    add_checkpoint(out)
     out.add_argument("--out", type=Path, required=True, help="the folder to write; it must not exist")
     about = "dtype of the weights (default: %(default)s)"
     out.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help=about)
@@ -30,8 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument("--data", help="corpus on which to measure the effect of a balance bias (default: the run's)")
     about = "how much of that corpus: all, a number of batches, or none (default: the run's eval.batches)"
     out.add_argument("--batches", default="run", help=about)
-    from trainer.cli import add_device
-
     add_device(out)
     into = commands.add_parser(
         "import", help="convert such a folder to a checkpoint, for evaluation, generation and training"
@@ -57,6 +55,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.cli import guarded
-
     sys.exit(guarded(main))

@@ -28,10 +28,10 @@ from parallel import collectives, fsdp, rendezvous
 from parallel import gradients as reduction
 from parallel import mesh as meshes
 from parallel.mesh import Degrees, Mesh, World
-from trainer import machine
+from trainer import devices, machine
 from trainer import main as trainer_main
 from trainer.config import Config, read_config
-from trainer.machine import peak_flops
+from trainer.devices import peak_flops
 from trainer.optimizer import make_optimizer
 
 __all__ = [
@@ -220,7 +220,7 @@ def one_rank_world(device: torch.device, port: int = 29511) -> Iterator[Mesh]:
 def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degrees, Mesh | None]]:
     """This process among those that torchrun started, connected and laid out as `config` says."""
     world = World.from_environment()
-    device = machine.choose_device(config.run.device, world)
+    device = devices.choose_device(config.run.device, world)
     p = config.parallel
     degrees = meshes.degrees(world, config.model, p.replicate, p.shard, p.expert)
     rendezvous.connect(world, device, 120)

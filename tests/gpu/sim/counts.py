@@ -144,7 +144,7 @@ def number(counts: dict[str, list[int]], *kinds: str) -> int:
 
 def table(recording: Recording) -> str:
     """For markdown. All of it is simulated."""
-    first = ("data", "forward 1", "backward 1", "the step's message", "optimizer")
+    first = ("data", "forward 1", "backward 1", "all-reduce", "optimizer")
     lines = [
         f"**{recording.title}** (simulated)",
         "",

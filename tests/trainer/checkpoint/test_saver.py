@@ -60,7 +60,7 @@ def test_any_mesh_reads_the_checkpoints_of_any_other(pool, tmp_path):
     digest = None
     for number, mesh in enumerate(MESHES):
         folder = str(tmp_path / str(number))
-        written = call("save_random", mesh, folder=folder, beside=number % 2 == 1)
+        written = call("save_random", mesh, folder=folder, async_save=number % 2 == 1)
         digest = digest or written[0]
         assert set(written) == {digest}
     for number, mesh in enumerate(MESHES):
@@ -310,7 +310,9 @@ def test_a_run_continues_after_failed_saves_and_exits_with_1(pool, corpus_dir, t
         assert steps[-1] == 10 and len(steps) >= (8 if "checkpoint.async_save=true" in words else 10)
     out = capsys.readouterr().out
     assert f"checkpoint of step {2 * len(saved) + 2}: No space left on device; dropped on all ranks" in out
-    codes = pool.run(2, CASES + "limited", corpus=str(corpus_dir), runs=str(tmp_path), more=["run.name=two", *words])
+    codes = pool.run(
+        2, CASES + "run_on_small_disk", corpus=str(corpus_dir), runs=str(tmp_path), more=["run.name=two", *words]
+    )
     assert codes == [1, 1] and len(cases.losses(tmp_path / "two")) == 10
     assert not any((tmp_path / "two" / "checkpoints").iterdir())
     why = [x["why"] for x in read_lines(tmp_path / "two" / "metrics.jsonl") if x.get("event") == "save failed"]

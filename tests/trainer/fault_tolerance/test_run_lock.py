@@ -122,6 +122,8 @@ def test_an_unwritable_folder_ends_the_run_in_one_line(corpus_dir, tmp_path):
 
 def test_ranks_that_see_different_folders_are_reported(pool, corpus_dir, tmp_path):
     """As on nodes without a shared file system: a relative run.dir in two working directories."""
-    errors = pool.run(2, "tests.support.run_cases:apart", corpus=str(corpus_dir), folder=str(tmp_path))
+    errors = pool.run(
+        2, "tests.support.run_cases:run_in_separate_folders", corpus=str(corpus_dir), folder=str(tmp_path)
+    )
     for text in errors:
         assert "does not see the folder that rank 0 writes to; set run.dir=" in text and "\n" not in text

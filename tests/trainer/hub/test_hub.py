@@ -302,7 +302,9 @@ def test_an_export_is_loaded_bitwise_on_any_mesh(pool, runs, tmp_path, kind):
     if kind in ("biased", "all"):
         places = [str(out), str(runs / kind)]
         for world, expert in ((4, 4), (3, 1), (4, 2)):
-            got = pool.run(world, "tests.support.run_cases:begun", places=places, run=str(runs / kind), expert=expert)
+            got = pool.run(
+                world, "tests.support.run_cases:initial_digests", places=places, run=str(runs / kind), expert=expert
+            )
             assert got == [[expected, expected]] * world
 
 
@@ -365,7 +367,7 @@ def test_weights_of_another_model_are_refused(runs, corpus_dir, tmp_path, words,
 
 def test_all_ranks_end_if_one_does_not_see_the_folder(pool, runs, corpus_dir):
     place, words = str(runs / "biased"), [*UNUSUAL, *KINDS["biased"][0]]
-    errors = pool.run(2, "tests.support.run_cases:one_is_blind", corpus=str(corpus_dir), place=place, more=words)
+    errors = pool.run(2, "tests.support.run_cases:missing_on_rank_1", corpus=str(corpus_dir), place=place, more=words)
     assert errors[0] == errors[1] and errors[0].startswith(f"train.init_from={place}-gone: no such folder")
 
 

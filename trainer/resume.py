@@ -15,7 +15,7 @@ from parallel import collectives
 from trainer.checkpoint.folder import Checkpoint, newest_checkpoint, no_usable_checkpoint
 from trainer.config import Config
 from trainer.fault_tolerance.errors import AlreadyFinished
-from trainer.hub.mapping import TRAINING_ONLY_KEYS
+from trainer.hub.mapping import MAY_DIFFER_KEYS
 from trainer.machine import dtype_name
 from trainer.metrics import read_lines
 from trainer.optimizer import learning_rate
@@ -40,7 +40,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
             raise UserError(no_usable_checkpoint(folder / "checkpoints", skipped))
         return None, []
     manifest = found.manifest
-    may_change = {f"model.{key}" for key in TRAINING_ONLY_KEYS}
+    may_change = {f"model.{key}" for key in MAY_DIFFER_KEYS}
     changed = changes(manifest["config"], config)
     refused = [line for key, line in changed.items() if key.startswith("model.") and key not in may_change]
     if refused:

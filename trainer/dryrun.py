@@ -45,7 +45,7 @@ def print_plan(config: Config) -> None:
             f"experts     {owners.n_experts} over {d.expert} ranks, {owners.slots} slots each "
             f"({owners.padding_ratio - 1:.0%} more than needed), each sharded over {d.expert_shard}"
         )
-    if advice := mesh.advice(world, config.model, d):
+    if advice := mesh.padding_warning(world, config.model, d):
         print(f"            {advice}")
     print(f"parameters  {total:,} in all, {active:,} active a token; products in {str(dtype)[6:]}")
     print(f"compute     {compute(config, vocab_size, tokens, device, dtype)}")

@@ -16,7 +16,7 @@ from data.loader import BatchLayout
 from model.config import ModelConfig
 from model.loss import chunk_rows
 from parallel.experts import ExpertPlacement
-from parallel.fsdp import SMALL
+from parallel.fsdp import ONE_UNIT_BYTES
 from parallel.mesh import Degrees
 from trainer.config import Config
 
@@ -127,7 +127,7 @@ class Plan:
     @property
     def one_unit(self) -> bool:
         """Whether FSDP gathers the whole model at once."""
-        return 4 * (self.dense + self.all_experts) <= SMALL
+        return 4 * (self.dense + self.all_experts) <= ONE_UNIT_BYTES
 
     @property
     def experts_sharded(self) -> bool:

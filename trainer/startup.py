@@ -124,7 +124,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
 def _meet(config: Config, world: World, watchdog: Watchdog) -> Any:
     """The store through which the processes of this start find one another; the watchdog starts with it."""
     try:
-        store = rendezvous.find_others(world, config.run.timeout, lambda: watchdog.stop.asked and sibling_exited())
+        store = rendezvous.join_store(world, config.run.timeout, lambda: watchdog.stop.asked and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
     watchdog.begin(store and rendezvous.second_connection(store, f"watch/{next(_restart_count)}"))
@@ -154,7 +154,7 @@ def degrees(config: Config, world: World) -> Degrees:
     """The degrees of parallelism. Raises ConfigError if they do not fit the processes or the model."""
     p = config.parallel
     try:
-        return mesh.degrees(world, config.model, p.replicate, p.shard, p.expert)
+        return mesh.resolve_degrees(world, config.model, p.replicate, p.shard, p.expert)
     except mesh.MeshError as error:
         raise ConfigError(str(error)) from None
 
@@ -296,7 +296,7 @@ def load_state(
             loss_note,
             machine.choose_compile(config.train.compile, run.device)[1],
             machine.without_flex(run.device) if masks else None,
-            mesh.advice(run.world, config.model, run.degrees),
+            mesh.padding_warning(run.world, config.model, run.degrees),
         ),
     )
     for note in notes:

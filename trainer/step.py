@@ -103,7 +103,7 @@ def backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         last = number == len(batch.micro_batches)
-        fsdp.reduce_gradients(run.model, last or config.train.reduce == "every")
+        fsdp.set_gradient_sync(run.model, last or config.train.reduce == "every")
         run.watchdog.mark("forward")
         output = forward(run, micro_batch, shares)
         assert output.loss is not None

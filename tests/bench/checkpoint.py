@@ -58,7 +58,7 @@ def parts(folder: str, beside: bool, threads: int) -> tuple[Transformer, torch.o
     keep_freed_memory()
     torch.set_num_threads(threads)
     world, cpu = World.from_environment(), torch.device("cpu")
-    layout = mesh.make_mesh(mesh.degrees(world, MODEL, 1, "auto", world.size), cpu)
+    layout = mesh.make_mesh(mesh.resolve_degrees(world, MODEL, 1, "auto", world.size), cpu)
     model = build_model(MODEL, VOCAB, 0, cpu, torch.float32, layout).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     config, path = CheckpointConfig(keep=1, async_save=beside), Path(folder)

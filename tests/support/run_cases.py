@@ -79,7 +79,7 @@ def begun(places: list[str], run: str, expert: int) -> list[str]:
 
     world, cpu = World.from_environment(), torch.device("cpu")
     _, tokenizer, c = load_model(Path(run))
-    layout = mesh.make_mesh(mesh.degrees(world, c.model, 1, "auto", expert), cpu)
+    layout = mesh.make_mesh(mesh.resolve_degrees(world, c.model, 1, "auto", expert), cpu)
     done = []
     for place in places:
         model = build_model(c.model, tokenizer.vocab_size, 5, cpu, torch.float32, layout)
@@ -231,8 +231,8 @@ MESHED = ModelConfig(dim=24, n_layers=2, n_heads=2, expert_dim=12, n_experts=31,
 def meshed(replicate: int, expert: int) -> tuple[Transformer, torch.optim.Optimizer]:
     """A model on this mesh, each expert and block a unit of its own, and an optimizer with a state."""
     world, cpu = World.from_environment(), torch.device("cpu")
-    layout = mesh.make_mesh(mesh.degrees(world, MESHED, replicate, "auto", expert), cpu)
-    with mock.patch.object(fsdp, "SMALL", 0):
+    layout = mesh.make_mesh(mesh.resolve_degrees(world, MESHED, replicate, "auto", expert), cpu)
+    with mock.patch.object(fsdp, "ONE_UNIT_BYTES", 0):
         model = build_model(MESHED, 40, 0, cpu, torch.float32, layout)
     return model, make_optimizer(model, TrainConfig(steps=1))
 
@@ -254,7 +254,7 @@ def save_random(folder: str, beside: bool, replicate: int, expert: int) -> str:
         if isinstance(t, DTensor):
             shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
             whole = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-        fsdp.local(t).copy_(whole)
+        fsdp.to_local(t).copy_(whole)
     tokenizer = Path(folder) / "words"
     tokenizer.parent.mkdir(exist_ok=True)
     tokenizer.write_text("words")

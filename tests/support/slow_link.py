@@ -72,7 +72,7 @@ def main() -> None:
         for exchange in exchanges:
             exchange.overlap = number % 2 == 0
         began = time.perf_counter()
-        fsdp.reduce_gradients(model, True)
+        fsdp.set_gradient_sync(model, True)
         output = model(tokens, tokens)
         assert output.loss is not None
         output.loss.backward()

@@ -224,7 +224,7 @@ def test_a_wasteful_degree_is_warned_of(corpus_dir, tmp_path, monkeypatch, capsy
     print_plan(cases.config(corpus_dir, tmp_path, "parallel.expert=4"))
     out = capsys.readouterr().out
     assert "experts     5 over 4 ranks, 2 slots each (60% more than needed)" in out
-    assert out.count("parallel.expert=1 would waste 0%") == 1
+    assert out.count("set parallel.expert=1 to reduce this to 0%") == 1
 
 
 def test_checkpoints_hold_logical_shapes_and_no_pickle(pool, corpus_dir, tmp_path):

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 
 from parallel import collectives
-from parallel.fsdp import local
+from parallel.fsdp import to_local
 from trainer.checkpoint import block_io
 from trainer.checkpoint.block_io import BLOCK, Buffers, Damaged, Record, WorkItems
 
@@ -112,7 +112,7 @@ class ShardSource:
         self._begins = [0, *plan.begins.values()]
         self._parts = [torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)]
         for name in plan.begins:
-            part = local(tensors[name])
+            part = to_local(tensors[name])
             assert part.is_contiguous(), name  # else its bytes would be those of a copy
             self._parts.append(part.reshape(-1).view(torch.uint8))
         self.device = self._parts[-1].device

@@ -17,7 +17,7 @@ from data.settings import UserError, check, dump, read
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel.fsdp import window
+from parallel.fsdp import to_local_with_window
 from trainer import machine
 from trainer.checkpoint.folder import TOKENIZER, resolve_checkpoint
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
@@ -75,7 +75,7 @@ class HFCheckpoint:
         """Put the weights into a model of these shapes, on any mesh."""
         live = checkpoint_tensors(model)
         for ours, group in groupby(pieces(self.model, self.vocab_size), key=lambda piece: piece.ours):
-            part, ((first, stop), *rest) = window(live[ours])
+            part, ((first, stop), *rest) = to_local_with_window(live[ours])
             for piece in group:
                 a, b = max(first, piece.first), min(stop, piece.first + piece.shape[0])
                 if a >= b or not part.numel():

@@ -117,7 +117,7 @@ def _fill(model: Transformer, *_: Any) -> None:
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         std = model.initial_std(name)
-        part = fsdp.local(parameter)
+        part = fsdp.to_local(parameter)
         part.normal_(0, std) if std else part.fill_(1)
     for buffer in model.buffers():
         buffer.zero_()
@@ -161,7 +161,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def reduce_now(model: Transformer, now: bool) -> None:
     """Whether the next backward reduces its gradients over the ranks."""
-    fsdp.reduce_gradients(model, now)
+    fsdp.set_gradient_sync(model, now)
 
 
 def finish_step(
@@ -222,7 +222,7 @@ def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degree
     world = World.from_environment()
     device = machine.choose_device(config.run.device, world)
     p = config.parallel
-    degrees = meshes.degrees(world, config.model, p.replicate, p.shard, p.expert)
+    degrees = meshes.resolve_degrees(world, config.model, p.replicate, p.shard, p.expert)
     rendezvous.connect(world, device, 120)
     try:
         yield world, device, degrees, meshes.make_mesh(degrees, device)
@@ -233,7 +233,7 @@ def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degree
 def expert_degree(config: Config, ranks: int, expert: int | str) -> int:
     """The degree that parallel.expert=`expert` stands for on `ranks` processes of one machine. Raises MeshError."""
     world = World(0, ranks, 0, ranks)
-    return meshes.degrees(world, config.model, 1, "auto", expert).expert
+    return meshes.resolve_degrees(world, config.model, 1, "auto", expert).expert
 
 
 def flops(config: Config, vocab_size: int, rows: int) -> float:

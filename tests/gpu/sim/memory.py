@@ -29,7 +29,7 @@ class Case:
         """The estimate."""
         config = read_config(self.path, list(self.words))
         p, ranks = config.parallel, self.machine.ranks
-        degrees = mesh.degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
+        degrees = mesh.resolve_degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
         share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, ranks)
         return memory_needed(config, config.data.vocab_size, self.dtype, degrees, share)
 

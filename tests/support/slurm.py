@@ -111,7 +111,7 @@ def _machines(folder: Path, stack: contextlib.ExitStack) -> list[Machine]:
     """Two network namespaces with names of their own, or twice this host."""
     try:
         spaces = stack.enter_context(hosts.two_hosts())
-    except hosts.NoHosts:
+    except hosts.NamespacesUnavailable:
         return 2 * [Machine(socket.gethostname().partition(".")[0], "127.0.0.1", [])]
     # Out of reach for slurmd: the cgroups of this host, which it would use if it could.
     mounts = 'mount --bind "$2" /etc/hosts && mount -t tmpfs none /sys/fs/cgroup'

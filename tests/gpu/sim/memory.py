@@ -82,7 +82,7 @@ class Failure:
 
 
 HEAD = (
-    "| configuration, GPUs (simulated) | handed out, GiB | estimate, GiB | error | reserved over handed out |\n"
+    "| configuration, GPUs (simulated) | allocated, GiB | estimate, GiB | error | reserved, relative to allocated |\n"
     "|---|---|---|---|---|"
 )
 

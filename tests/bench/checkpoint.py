@@ -71,7 +71,11 @@ def build(folder: str, async_save: bool, threads: int) -> tuple[Transformer, tor
 
 
 def save_and_load(folder: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of saving, loading, writing and reading the same bytes in a plain file; MiB that a save adds."""
+    """Measure saves and loads in one process.
+
+    Returns seconds of saving ("save") and loading ("load") a checkpoint, and of writing and reading the same bytes as a
+    plain file ("plain write", "plain read"); MiB that a save adds to the memory ("memory"); and the size in MB ("MB").
+    """
     model, optimizer, saver = build(folder, False, len(os.sched_getaffinity(0)))
     seconds: dict[str, list[float]] = {"save": [], "plain write": [], "load": [], "plain read": [], "memory": []}
     everything = [t.detach().flatten() for t in checkpoint_tensors(model, optimizer).values()]

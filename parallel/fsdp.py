@@ -95,6 +95,7 @@ def _expert_placement(weight: Tensor, expert_shard: int) -> Shard:
 
 
 def _units(module: nn.Module) -> Iterator[FSDPModule]:
+    """The FSDP units inside a module, the module itself included."""
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
@@ -105,7 +106,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def to_local_with_window(tensor: Tensor) -> tuple[Tensor, Window]:
-    """This rank's shard of a tensor, and its window (start, end) in each dimension of the full tensor."""
+    """This rank's shard of a tensor, and its window (start, stop) in each dimension of the full tensor."""
     part = to_local(tensor)
     if not isinstance(tensor, DTensor):
         return part, [(0, size) for size in part.shape]

@@ -46,12 +46,13 @@ def measure(repeats: int) -> list[Figure]:
         one = pool.run(1, "tests.bench.checkpoint:save_and_load", timeout=3600, folder=folder, repeats=repeats)[0]
         two = pool.run(2, "tests.bench.checkpoint:train_during_save", timeout=3600, folder=folder, repeats=repeats)[0]
     pool.close()
-    save, plain = f"save of {one['MB'][0]:,.0f} MB", "speed of plain reading with the same checksum"
-    memory, delay = "additional memory of a save", "delay of two ranks' steps by a save in the background"
+    size = f"{one['MB'][0]:,.0f} MB"
+    plain_read = "speed of plain reading with the same checksum"
+    delay = "delay of two ranks' steps by a save in the background"
     return [
-        figure(save, one["save"], one["plain write"], "speed of a plain flushed file", "0.40", True),
-        figure(save.replace("save", "load"), one["load"], one["plain read"], plain, "0.60", True),
-        figure(memory, one["memory"], [512.0], "share of 512 MiB", "1", unit="MiB"),
+        figure(f"save of {size}", one["save"], one["plain write"], "speed of a plain flushed file", "0.40", True),
+        figure(f"load of {size}", one["load"], one["plain read"], plain_read, "0.60", True),
+        figure("additional memory of a save", one["memory"], [512.0], "share of 512 MiB", "1", unit="MiB"),
         figure(delay, two["delay"], two["save"], "share of a save that waits", "0.10"),
         resume(repeats),
     ]

@@ -54,13 +54,13 @@ def compared_with_transformers(repeats: int) -> list[Figure]:
 def more_experts(repeats: int) -> Figure:
     """Time per token with 127 experts, compared with 7 experts."""
     prompts = [[5] * 15]
-    many = stories(initial(SMALL.model_copy(update={"n_experts": 127})), prompts)
-    few = stories(initial(SMALL.model_copy(update={"n_experts": 7})), prompts)
-    times = alternate({"many": many, "few": few}, repeats)
-    seconds_many = [seconds / NEW for seconds in times["many"]]
-    seconds_few = [seconds / NEW for seconds in times["few"]]
+    with_127 = stories(initial(SMALL.model_copy(update={"n_experts": 127})), prompts)
+    with_7 = stories(initial(SMALL.model_copy(update={"n_experts": 7})), prompts)
+    times = alternate({"127": with_127, "7": with_7}, repeats)
+    seconds_127 = [seconds / NEW for seconds in times["127"]]
+    seconds_7 = [seconds / NEW for seconds in times["7"]]
     name = "generation, a token with 127 experts, one core"
-    return figure(name, seconds_many, seconds_few, "time over 7 experts", "1")
+    return figure(name, seconds_127, seconds_7, "time over 7 experts", "1")
 
 
 def initial(config: ModelConfig) -> Transformer:

@@ -29,12 +29,13 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.step, self.phase = 0, ""
-        self.started, self.launches = 0.0, 0
+        self.step = 0
+        self.phase = ""
+        self.started = 0.0  # CPU time at which the phase started
+        self.launches = 0  # launches before the phase
         self.counts: list[dict[str, Any]] = []  # one for each phase of the counted step, in their order
-        self.seconds: list[
-            tuple[str, float]
-        ] = []  # the host's time of those phases, and of the same phases of the step before
+        # the host's CPU time of the phases of the counted step and of the step before it
+        self.seconds: list[tuple[str, float]] = []
         self.memory: dict[str, int] = {}  # torch's peaks during the counted step and the step before it
         self.roofline = Roofline()
         self.micro_batch = 0  # number of the micro-batch in the step, from 1

@@ -101,9 +101,8 @@ class Roofline(TorchDispatchMode):
         out = func(*args, **kwargs)
         if launches := report.launches() - before - (self._attributed - inside):
             dtypes = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)}
-            rate = (
-                FLOPS if dtypes & {torch.bfloat16, torch.float16} else FLOPS_FP32
-            )  # the sums may have a wider dtype than the factors
+            is_half = dtypes & {torch.bfloat16, torch.float16}  # the sums may have a wider dtype than the factors
+            rate = FLOPS if is_half else FLOPS_FP32
             flops = flops_of(func, args, kwargs, out)
             self.add(str(func._overloadpacket), launches, bytes_of(func, args, kwargs, out), flops, rate)
         return out

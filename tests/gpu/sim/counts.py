@@ -161,7 +161,7 @@ def table(recording: Recording) -> str:
         f"**{recording.title}** (simulated)",
         "",
         "| phase | kernels | copies, memsets | waits for the device | messages | MB sent | host, ms (this CPU) "
-        "| device, ms at least |",
+        "| device, ms (lower bound) |",
         "|---|---|---|---|---|---|---|---|",
         *(row.markdown() for row in recording.rows if row.phase in shown),
         recording.first.markdown(),
@@ -187,7 +187,7 @@ def by_function(recording: Recording, most: int = 24) -> str:
                     times[cost[key]] += cost["seconds"]
                     launches[cost[key]] += cost["launches"]
                     moved[cost[key]] += cost["bytes"]
-            lines += ["", f"| {phase}, by {kind} | device, ms at least | launches | GB |", "|---|---|---|---|"]
+            lines += ["", f"| {phase}, by {kind} | device, ms (lower bound) | launches | GB |", "|---|---|---|---|"]
             lines += [
                 f"| {name[:110]} | {1e3 * time:.2f} | {launches[name]} | {moved[name] / 1e9:.2f} |"
                 for name, time in times.most_common(most)
@@ -199,7 +199,7 @@ def comparison(recordings: Sequence[Recording]) -> str:
     """A Markdown table with a whole step of each recording in one line."""
     lines = [
         "| step of rank 0 (simulated) | kernels | waits | messages | MB sent | kinds of messages | host, ms (this CPU) "
-        "| device, ms at least | GiB at most |",
+        "| device, ms (lower bound) | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for recording in recordings:

@@ -27,7 +27,7 @@ class Case:
     settings: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16  # of the products
 
-    def estimate(self) -> Memory:
+    def need(self) -> Memory:
         """The estimate of --dry-run."""
         config = read_config(self.path, list(self.settings))
         p, ranks = config.parallel, self.machine.ranks
@@ -133,4 +133,4 @@ def run(simulation: Simulation, pattern: str) -> Iterator[Result | Failure]:
         except RuntimeError as error:  # the other cases can still be compared
             yield Failure(name, str(error))
         else:
-            yield Result(name, case.estimate().total, memory["allocated"], memory["reserved"])
+            yield Result(name, case.need().total, memory["allocated"], memory["reserved"])

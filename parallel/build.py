@@ -10,7 +10,7 @@ from model.moe import Experts
 from model.transformer import Transformer
 from parallel.compile import compile_parts
 from parallel.experts import ExpertPlacement, as_global_dtensor, distribute
-from parallel.fsdp import local, shard, window
+from parallel.fsdp import shard, to_local, to_local_with_window
 from parallel.mesh import Mesh
 from parallel.recompute import recompute
 
@@ -45,6 +45,6 @@ def build_model(
     for module in model.modules():
         if isinstance(module, Experts):
             for weight in module.parameters():
-                local(weight).zero_()  # dead slots stay so
-    model.init_weights(seed, lambda name, parameter: window(as_global_dtensor(model, name, parameter)))
+                to_local(weight).zero_()  # dead slots stay so
+    model.init_weights(seed, lambda name, parameter: to_local_with_window(as_global_dtensor(model, name, parameter)))
     return model

@@ -1,6 +1,7 @@
-"""Messages of all ranks: objects and sums. Each function is called on all ranks; a process alone sends none.
+"""Collective operations that every rank calls together: messages of Python objects, and sums of tensors.
 
-`group` is the process group that carries the message, the default one if it is None.
+The trainer uses them to agree on decisions and to add up statistics. `group` is the process group that carries the
+message, the default group if it is None. A single process sends no message: each function then returns its own value.
 """
 
 from typing import Any
@@ -11,12 +12,12 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """Of this process among those that are connected."""
+    """The rank of this process in the process group; 0 if there is none."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's value, on all ranks: for what each might judge differently, or rank 0 alone can know."""
+    """Rank 0's value, on all ranks: for a decision that ranks could make differently, or that only rank 0 can make."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -25,7 +26,7 @@ def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The values of all ranks on rank 0; elsewhere an empty list."""
+    """The values of all ranks by rank, on rank 0; an empty list on every other rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size() if rank() == 0 else None
@@ -34,7 +35,7 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def scatter(values: list[Any], group: dist.ProcessGroup | None = None) -> Any:
-    """To each rank its own of rank 0's values."""
+    """Rank 0's `values[rank]` on each rank. The other ranks' `values` are ignored."""
     if not dist.is_initialized():
         return values[0]
     box = [None]
@@ -43,12 +44,13 @@ def scatter(values: list[Any], group: dist.ProcessGroup | None = None) -> Any:
 
 
 def first_error(error: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The error of the lowest rank that has one, on all ranks; None if none has."""
-    return broadcast(next((each for each in gather(error, group) if each is not None), None), group)
+    """The error of the lowest rank that has one, on all ranks; None if no rank has one."""
+    errors = [each for each in gather(error, group) if each is not None]
+    return broadcast(errors[0] if errors else None, group)
 
 
 def sum_over_ranks(*parts: Tensor) -> list[Tensor]:
-    """Sums of tensors over all ranks, in one message of fp64 (exact for integers below 2^53), on the CPU."""
+    """Sums of tensors over all ranks, in fp64 on the CPU, by one all-reduce. Exact for integers below 2^53."""
     flat = torch.cat([p.detach().to(torch.float64).flatten() for p in parts])
     if dist.is_initialized():
         dist.all_reduce(flat)

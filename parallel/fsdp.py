@@ -1,10 +1,10 @@
-"""Dense weights over many processes with FSDP2, from outside the model.
+"""Shards the model over the ranks with FSDP2, without changes to the model's code.
 
-Units are each block, the head, and the root with the embedding; a small model is one unit. FSDP ignores the routers:
-they are small, stay in fp32 because near ties would flip otherwise, and each rank has them whole (`replicated`). With
-expert parallelism the experts of a layer are a unit of their own over the ranks that shard them; FSDP ignores them if
-no other rank holds the same experts. Gradients are plain sums over the ranks, since the loss is already divided by the
-count of all tokens.
+Each block, the head, and the root with the embedding are FSDP units of their own; a small model is a single unit. FSDP
+ignores the routers, so every rank holds their full weights (`replicated_parameters`): they are small, and they stay in
+fp32 because near ties between experts would flip otherwise. With expert parallelism the experts of a layer are a unit
+of their own over the ranks that shard them; FSDP ignores them if no other rank holds the same experts. Gradients are
+plain sums over the ranks, since the loss is already divided by the number of all tokens.
 """
 
 import itertools
@@ -23,16 +23,24 @@ from model.random import Window
 from model.transformer import Transformer
 from parallel.mesh import Mesh
 
-SMALL = 1 << 26  # bytes of weights up to which a model is gathered and reduced as one: messages cost more than waiting
+# A model whose weights have at most this many bytes is a single FSDP unit: at that size more messages cost more time
+# than the overlap of communication and computation saves.
+ONE_UNIT_BYTES = 1 << 26
 
 
 def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
-    def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
-        wide = torch.promote_types(dtype, torch.float32)
-        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    """Apply `fully_shard` to the units of the model. Weights are gathered in `dtype`, gradients reduced in fp32.
 
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    ignored = set(replicated(model))
+    Experts must already be distributed over the ranks of `mesh.sparse` (see `experts.distribute`).
+    """
+
+    def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+        reduce_dtype = torch.promote_types(dtype, torch.float32)  # fp64 stays fp64
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    is_one_unit = weight_bytes <= ONE_UNIT_BYTES
+    ignored = set(replicated_parameters(model))
     if mesh.sparse is not None:
         ignored |= {p for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     dense: dict[str, Any] = {"mesh": mesh.dense, "mp_policy": policy(dtype), "ignored_params": ignored}
@@ -44,11 +52,11 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
                     block.feed_forward.experts,
                     mesh=mesh.sparse[names],
                     mp_policy=policy(dtype),
-                    shard_placement_fn=lambda weight: _placement(weight, mesh.degrees.expert_shard),
+                    shard_placement_fn=lambda weight: _expert_placement(weight, mesh.degrees.expert_shard),
                 )
-        if size > SMALL:
+        if not is_one_unit:
             fully_shard(block, **dense)
-    if size > SMALL:  # the head's backward comes at once
+    if not is_one_unit:  # the head's backward follows its forward at once, so its weights stay gathered
         fully_shard(model.head, **dense, reshard_after_forward=False)
     fully_shard(model, **dense, reshard_after_forward=False)
     for module in _units(model):
@@ -57,60 +65,67 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
     _prefetch(model)
 
 
-def replicated(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that every rank has whole, and whose gradients FSDP does not reduce: those of the routers."""
+def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that FSDP ignores, the routers': every rank holds them in full, and FSDP sums no gradients."""
     return [p for module in model.modules() if isinstance(module, Router) for p in module.parameters()]
 
 
 def _prefetch(model: Transformer) -> None:
-    """Have the weights of a block gathered while the one before it works, in the forward and in the backward.
+    """Gather the weights of a block while the block before it computes, in the forward and in the backward.
 
-    FSDP does so by itself in the order of the host's calls, but the host waits for the device inside of each MoE layer
-    with expert parallelism, and would ask for the next block's weights too late.
+    By default FSDP gathers weights in the order in which the host calls the modules. With expert parallelism the host
+    waits for the device inside each MoE layer, and would ask for the next block's weights too late.
     """
-    units = [list(_units(block)) for block in model.blocks]  # of each block: itself, its experts
+    units = [list(_units(block)) for block in model.blocks]  # for each block: the block itself, then its experts
     if not isinstance(model.head, FSDPModule) or not isinstance(model, FSDPModule):
-        return  # all is one unit
-    for here, there in itertools.pairwise(units):
-        here[0].set_modules_to_forward_prefetch(there)
-        there[0].set_modules_to_backward_prefetch(here[::-1])
+        return  # the model is a single unit
+    for previous, following in itertools.pairwise(units):
+        previous[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(previous[::-1])
     model.set_modules_to_forward_prefetch(units[0])
     model.head.set_modules_to_backward_prefetch(units[-1][::-1])
 
 
-def _placement(weight: Tensor, rest: int) -> Shard:
-    """The first dimension of each expert's matrix that the ranks divide; `mesh.degrees` saw to it that there is one."""
-    return next(Shard(d) for d in (1, 2) if weight.shape[d] % rest == 0)
+def _expert_placement(weight: Tensor, expert_shard: int) -> Shard:
+    """Shards weight (E, in, out) on its first matrix dimension that `expert_shard` divides.
+
+    There is one: `mesh.resolve_degrees` raises MeshError otherwise.
+    """
+    return next(Shard(dim) for dim in (1, 2) if weight.shape[dim] % expert_shard == 0)
 
 
 def _units(module: nn.Module) -> Iterator[FSDPModule]:
+    """The FSDP units inside a module, the module itself included."""
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank; writes to it reach the tensor."""
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, detached. It is a view: writes to it change the tensor."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def window(tensor: Tensor) -> tuple[Tensor, Window]:
-    """This rank's part of a tensor, and its window in the whole."""
-    part = local(tensor)
+def to_local_with_window(tensor: Tensor) -> tuple[Tensor, Window]:
+    """This rank's shard of a tensor, and its window (start, stop) in each dimension of the full tensor."""
+    part = to_local(tensor)
     if not isinstance(tensor, DTensor):
-        return part, [(0, n) for n in part.shape]
+        return part, [(0, size) for size in part.shape]
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return part, [(o, o + n) for o, n in zip(offset, shape, strict=True)]
+    return part, [(start, start + size) for start, size in zip(offset, shape, strict=True)]
 
 
-def reduce_gradients(model: Transformer, now: bool) -> None:
-    """Whether the coming backward reduces its gradients over the ranks, or keeps the sum here."""
+def set_gradient_sync(model: Transformer, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks, or only accumulates them on this rank."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(enabled)
 
 
 @contextmanager
 def gathered(model: Transformer) -> Iterator[None]:
-    """Keep all weights gathered over many forwards, as generation wants them, instead of once for each token."""
+    """Keep all weights gathered inside the `with` block, over many forwards.
+
+    Generation runs one forward for each token, and would gather all weights each time.
+    """
     for module in _units(model):
         module.set_reshard_after_forward(False, recurse=False)
     try:

@@ -1,25 +1,25 @@
-"""After the backward: one message over all ranks, the global norm, and the clip.
+"""What happens to the gradients between the backward and the optimizer: sums over ranks, the global norm, and the clip.
 
-The routers' gradients, which FSDP leaves alone, are summed first. Then the norm of the gradients, the loss, the
-experts' loads and the wish to stop travel in a single all-reduce, which is also the one moment a step waits for the
-device and the other ranks.
+First the gradients of the routers are summed over all ranks, because FSDP ignores the routers. Then `trainer/step.py`
+sends the sum of squares of this rank's gradients, the loss, the loads of the experts and the stop flag in a single
+all-reduce. That is the only moment at which a step waits for the device and for the other ranks.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.fsdp import local, replicated
+from parallel.fsdp import replicated_parameters, to_local
 
 
 def local_gradients(model: nn.Module) -> list[Tensor]:
-    """The parts of all gradients that lie on this rank."""
-    return [local(p.grad) for p in model.parameters() if p.grad is not None]
+    """This rank's shard of each gradient."""
+    return [to_local(p.grad) for p in model.parameters() if p.grad is not None]
 
 
 def sum_replicated(model: nn.Module) -> None:
-    """Sum the gradients that FSDP leaves to each rank over all ranks, in one message."""
-    gradients = [p.grad for p in replicated(model) if p.grad is not None]
+    """Sum the gradients that FSDP does not reduce over all ranks, by one all-reduce. Changes them in place."""
+    gradients = [p.grad for p in replicated_parameters(model) if p.grad is not None]
     if not gradients or not dist.is_initialized():
         return
     flat = torch.cat([g.flatten() for g in gradients])
@@ -29,16 +29,19 @@ def sum_replicated(model: nn.Module) -> None:
 
 
 def sum_of_squares(model: nn.Module, replicate: int = 1) -> Tensor:
-    """fp64 scalar; summed over all ranks it is the squared global norm. Not finite if any gradient is not."""
+    """This rank's part of the squared global norm of the gradients: an fp64 scalar, to be summed over all ranks.
+
+    A gradient that several ranks hold is divided by their number. The sum is not finite if any gradient is not finite.
+    """
     if not dist.is_initialized():
         return _sum_of_squares(local_gradients(model))
-    whole = {id(p) for p in replicated(model)}
+    replicated_ids = {id(p) for p in replicated_parameters(model)}
     sharded: list[Tensor] = []
-    copies: list[Tensor] = []
+    replicated: list[Tensor] = []
     for p in model.parameters():
         if p.grad is not None:
-            (copies if id(p) in whole else sharded).append(local(p.grad))
-    return _sum_of_squares(sharded) / replicate + _sum_of_squares(copies) / dist.get_world_size()
+            (replicated if id(p) in replicated_ids else sharded).append(to_local(p.grad))
+    return _sum_of_squares(sharded) / replicate + _sum_of_squares(replicated) / dist.get_world_size()
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
@@ -50,6 +53,6 @@ def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
 
 
 def scale(gradients: list[Tensor], factor: float) -> None:
-    """Multiply the gradients in place."""
+    """Multiply the gradients by `factor` in place."""
     if factor != 1.0 and gradients:
         torch._foreach_mul_(gradients, factor)

@@ -1,8 +1,8 @@
-"""How the processes of one life of a run find one another, and only one another.
+"""How the processes of a run find each other, and no process of an earlier start of the same run.
 
-torchrun keeps its key-value store when it starts workers again, with all that the life before wrote there: torch's own
-rendezvous then reads addresses of dead processes and waits for them until its timeout. So the ranks first agree on a
-prefix that no life before knew.
+torchrun keeps its key-value store when it restarts the workers, with every key that the earlier generation of workers
+wrote. torch's own rendezvous then reads the addresses of processes that have exited, and waits for them until it times
+out. Therefore the ranks first agree on a prefix for their keys that no earlier generation can know.
 """
 
 import datetime
@@ -18,49 +18,77 @@ import torch.distributed as dist
 
 from parallel.mesh import World
 
+LAUNCHER_STORE_TIMEOUT_S = 30.0  # torchrun's store exists before the workers start, or it never will
+CONNECT_ATTEMPT_TIMEOUT_S = 5.0
+POLL_INTERVAL_S = 0.1
+RECONNECT_INTERVAL_S = 0.2
 
-def find_others(world: World, timeout: float, timed_out: Callable[[], bool] = lambda: False) -> dist.Store | None:
-    """A store that the ranks of this life alone write to; None for a process alone, or where there is no place for one.
 
-    In a process group that is there already, its own. Raises TimeoutError, naming the ranks that did not come, also as
-    soon as `timed_out` knows that they will not.
+def join_store(world: World, timeout: float, give_up: Callable[[], bool] = lambda: False) -> dist.Store | None:
+    """A store to which only the ranks of this generation write.
+
+    If a process group exists, this is its store. Returns None for a single process, or if MASTER_ADDR is not set.
+    Raises TimeoutError after `timeout` seconds, or as soon as `give_up` returns True; the message names the ranks that
+    did not start.
     """
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if world.size == 1 or "MASTER_ADDR" not in os.environ:
         return None
-    store = _connect(world, timeout)
-    end = time.monotonic() + timeout
-    mine = uuid.uuid4().hex
-    lead = _gather if world.rank == 0 else _follow
-    while (life := lead(store, world, mine)) is None:
-        if time.monotonic() > end or timed_out():
-            raise TimeoutError(f"rank {world.rank} waited in vain for {_missing(store, world)} to start")
-        time.sleep(0.1)
-    return dist.PrefixStore(life, store)
+    store = _connect_to_store(world, timeout)
+    start = time.monotonic()
+    process_id = uuid.uuid4().hex  # unlike a pid, it is never used again
+    while True:
+        if world.rank == 0:
+            generation = _announce_generation(store, world, process_id)
+        else:
+            generation = _find_generation(store, world, process_id)
+        if generation is not None:
+            return dist.PrefixStore(generation, store)
+        waited = time.monotonic() - start
+        if waited > timeout or give_up():
+            raise TimeoutError(
+                f"rank {world.rank} waited {waited:.0f} s for {_missing_ranks(store, world)} to start; "
+                "check the output of the other processes"
+            )
+        time.sleep(POLL_INTERVAL_S)
 
 
-def _connect(world: World, timeout: float) -> dist.TCPStore:
-    """torchrun's store, which is there or never will be, or else the one that rank 0 serves once it has started."""
+def _connect_to_store(world: World, timeout: float) -> dist.TCPStore:
+    """torchrun's store, or the store that rank 0 serves if torchrun has none."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = world.rank == 0 and not launcher_serves
-    end = time.monotonic() + (min(timeout, 30) if launcher_serves else timeout)
-    while not serves:  # torch waits ever longer between its own attempts, and prints a stack for each
+    is_server = world.rank == 0 and not launcher_serves
+    if not is_server:
+        _wait_for_server(world, host, port, min(timeout, LAUNCHER_STORE_TIMEOUT_S) if launcher_serves else timeout)
+    limit = datetime.timedelta(seconds=timeout)
+    return dist.TCPStore(host, port, world.size, is_server, limit, wait_for_workers=False, multi_tenant=True)
+
+
+def _wait_for_server(world: World, host: str, port: int, timeout: float) -> None:
+    """Wait until something accepts connections at the address. Raises TimeoutError.
+
+    TCPStore would wait, too, but it waits longer after each attempt, and prints a stack trace for each.
+    """
+    end = time.monotonic() + timeout
+    while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
-            break
+            socket.create_connection((host, port), timeout=CONNECT_ATTEMPT_TIMEOUT_S).close()
+            return
         except OSError as error:
             if time.monotonic() > end:
-                where = f"{host}:{port}, where the processes meet"
-                raise TimeoutError(f"rank {world.rank} cannot reach {where} ({error})") from None
-            time.sleep(0.2)
-    limit = datetime.timedelta(seconds=timeout)
-    return dist.TCPStore(host, port, world.size, serves, limit, wait_for_workers=False, multi_tenant=True)
+                raise TimeoutError(
+                    f"rank {world.rank} cannot connect to the rendezvous at {host}:{port} ({error}); "
+                    "check MASTER_ADDR, MASTER_PORT and the network"
+                ) from None
+            time.sleep(RECONNECT_INTERVAL_S)
 
 
 def connect(world: World, device: torch.device, timeout: float, store: dist.Store | None = None) -> None:
-    """Join the process group of the run, whose collectives wait `timeout` seconds. Alone: nothing."""
+    """Join the process group of the run, whose collectives time out after `timeout` seconds.
+
+    Does nothing in a single process, or if the process group exists.
+    """
     if world.size == 1 or dist.is_initialized():
         return
     cuda = device.type == "cuda"
@@ -83,33 +111,44 @@ def disconnect() -> None:
 
 
 def second_connection(store: dist.Store, prefix: str) -> dist.Store:
-    """The same store for another thread: its own connection, and its own keys."""
+    """The same store for another thread, with its own connection and its own prefix of keys."""
     return dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
 
 
-def _gather(store: dist.Store, world: World, mine: str) -> str | None:
-    """Rank 0: name this life, and whom it saw, until all have answered to that name."""
+def _announce_generation(store: dist.Store, world: World, process_id: str) -> str | None:
+    """Rank 0: publish the name of this generation with the process ids of all other ranks, and wait for their answers.
+
+    Returns the name once all ranks have answered, else None: call it again.
+    """
     names = [f"here/{rank}" for rank in range(1, world.size)]
     if not store.check(names):
         return None
-    store.set("life", json.dumps([mine, *(value.decode() for value in store.multi_get(names))]))
-    return mine if store.check([f"{mine}/{name}" for name in names]) else None
+    store.set("generation", json.dumps([process_id, *(value.decode() for value in store.multi_get(names))]))
+    all_answered = store.check([f"{process_id}/{name}" for name in names])
+    return process_id if all_answered else None
 
 
-def _follow(store: dist.Store, world: World, mine: str) -> str | None:
-    """Another rank: be seen, and wait for a life in which this process, not one before it, was seen."""
-    store.set(f"here/{world.rank}", mine)
-    if not store.check(["life"]):
+def _find_generation(store: dist.Store, world: World, process_id: str) -> str | None:
+    """Another rank: publish this process's id, and answer to a generation that lists it.
+
+    A generation that lists another process for this rank is an earlier one. Returns the name of the generation, or None
+    if there is none yet: call it again.
+    """
+    store.set(f"here/{world.rank}", process_id)
+    if not store.check(["generation"]):
         return None
-    life, *seen = json.loads(store.get("life"))
-    if seen[world.rank - 1] != mine:
+    generation, *process_ids = json.loads(store.get("generation"))
+    if process_ids[world.rank - 1] != process_id:
         return None
-    store.set(f"{life}/here/{world.rank}", "")
-    return life
+    store.set(f"{generation}/here/{world.rank}", "")
+    return generation
 
 
-def _missing(store: dist.Store, world: World) -> str:
+def _missing_ranks(store: dist.Store, world: World) -> str:
+    """The ranks that have not written to the store, in words."""
     if world.rank > 0:
-        return "rank 0" if not store.check(["life"]) else "other ranks"
-    absent = [str(rank) for rank in range(1, world.size) if not store.check([f"here/{rank}"])]
-    return f"rank{'s' * (len(absent) > 1)} {', '.join(absent)}" if absent else "ranks of a life before"
+        return "other ranks" if store.check(["generation"]) else "rank 0"
+    missing = [str(rank) for rank in range(1, world.size) if not store.check([f"here/{rank}"])]
+    if not missing:  # all keys exist, but those of some ranks are from an earlier generation
+        return "the processes of other ranks that were restarted"
+    return f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}"

@@ -69,7 +69,7 @@ def mesh_lines(config: Config, world: World, device: torch.device) -> list[str]:
             f"experts     {placement.n_experts} over {plural(d.expert, 'rank')}, {placement.slots} slots per rank "
             f"({placement.padding_ratio - 1:.0%} more than needed), each expert sharded over {d.expert_shard}"
         )
-    advice = mesh.advice(world, config.model, d)
+    advice = mesh.padding_warning(world, config.model, d)
     if advice is not None:
         lines.append(f"            {advice}")
     return lines

@@ -17,7 +17,7 @@ from data.loader import BatchLayout
 from model.config import ModelConfig
 from model.loss import chunk_rows
 from parallel.experts import ExpertPlacement
-from parallel.fsdp import SMALL
+from parallel.fsdp import ONE_UNIT_BYTES
 from parallel.mesh import Degrees
 from trainer.config import Config
 
@@ -129,7 +129,7 @@ class Plan:
     @property
     def is_one_unit(self) -> bool:
         """Whether the whole model is one FSDP unit, gathered at once."""
-        return 4 * (self.dense + self.all_experts) <= SMALL
+        return 4 * (self.dense + self.all_experts) <= ONE_UNIT_BYTES
 
     @property
     def experts_are_units(self) -> bool:

@@ -130,7 +130,7 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
 def _find_processes(config: Config, world: World, watchdog: Watchdog) -> Any:
     """Find the other processes of this start: the store that they share. Starts the watchdog, which uses it too."""
     try:
-        store = rendezvous.find_others(world, config.run.timeout, lambda: watchdog.stop.requested and sibling_exited())
+        store = rendezvous.join_store(world, config.run.timeout, lambda: watchdog.stop.requested and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
     prefix = f"watch/{next(_restart_count)}"
@@ -164,7 +164,7 @@ def degrees(config: Config, world: World) -> Degrees:
     """The degrees of parallelism. Raises ConfigError if they do not fit the processes or the model."""
     p = config.parallel
     try:
-        return mesh.degrees(world, config.model, p.replicate, p.shard, p.expert)
+        return mesh.resolve_degrees(world, config.model, p.replicate, p.shard, p.expert)
     except mesh.MeshError as error:
         raise ConfigError(str(error)) from None
 
@@ -286,7 +286,7 @@ def choose_kernels(run: Run) -> list[str]:
 
 def log_start(run: Run, notes: list[str], threads: int) -> None:
     """Log the notes and a description of the run, and start the progress bar and wandb."""
-    mesh_note = mesh.advice(run.world, run.config.model, run.degrees)
+    mesh_note = mesh.padding_warning(run.world, run.config.model, run.degrees)
     if mesh_note is not None:
         notes = [*notes, mesh_note]
     for note in [*notes, describe(run, threads)]:

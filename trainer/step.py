@@ -94,7 +94,7 @@ def forward_backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         is_last = number == len(batch.micro_batches)
-        fsdp.reduce_gradients(run.model, is_last or config.train.reduce == "every")
+        fsdp.set_gradient_sync(run.model, is_last or config.train.reduce == "every")
         run.watchdog.mark("forward")
         output = forward(run, micro_batch, shares)
         assert output.loss is not None

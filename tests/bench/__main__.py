@@ -1,4 +1,4 @@
-"""`make bench`: the table for the README, and bench.json beside it."""
+"""`make bench`: measures the figures of the README's table, prints the table, and writes bench.json."""
 
 import argparse
 import json
@@ -26,19 +26,25 @@ PARTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m tests.bench", description="Figures as ratios, measured in one run.")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds of each case")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"))
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="some of the figures")
+    parser = argparse.ArgumentParser(
+        "python -m tests.bench", description="Measures speed and memory as ratios, in one run."
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds of each case (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="file for the results (%(default)s)")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="only these figures")
     args = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    else:
+        torch.set_num_threads(os.cpu_count() or 1)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"{machine}, torch {torch.__version__}; {args.repeats} rounds in turns, medians\n\n{HEAD}", flush=True)
+    print(f"{machine}, torch {torch.__version__}; medians of {args.repeats} alternating rounds\n\n{HEAD}", flush=True)
     figures: list[Figure] = []
     for part in args.part:
-        figures += (new := PARTS[part](args.repeats))
-        print("\n".join(f.row() for f in new), flush=True)
-        result = {"machine": machine, "torch": torch.__version__, "figures": [f.json() for f in figures]}
+        new_figures = PARTS[part](args.repeats)
+        print("\n".join(figure.row() for figure in new_figures), flush=True)
+        figures += new_figures
+        result = {"machine": machine, "torch": torch.__version__, "figures": [figure.json() for figure in figures]}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""What is around a training step: the loss's memory, attention in chunks, loader, encoding, and the start of a run."""
+"""Figures other than the training step: memory of the loss, attention in segments, loader, encoding, start of a run."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from torch import Tensor
 from model.attention import Attention, Places
 from model.config import ModelConfig
 from model.loss import linear_cross_entropy
-from tests.bench.harness import Figure, figure, in_turns, peak, reset_peak
+from tests.bench.harness import Figure, alternate, figure, peak, reset_peak
 from tests.support.pool import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,24 +26,24 @@ TOKENS, VOCAB, DIM = 8192, 32_000, 256
 
 
 def loss_memory(repeats: int) -> list[Figure]:
-    """Peak memory that head and loss add, forward and backward, each time in a process of its own."""
+    """Peak memory of head and loss in forward and backward, each time in a new process."""
     peaks: dict[str, list[float]] = {"loss": [], "full": []}
     for _ in range(min(repeats, 3)):
-        for way, seen in peaks.items():
+        for method, measured in peaks.items():
             pool = Pool()
-            seen.extend(pool.run(1, "tests.bench.around:loss_peak", way=way))
+            measured.extend(pool.run(1, "tests.bench.around:loss_peak", method=method))
             pool.close()
-    what = f"loss of {TOKENS:,} tokens x {VOCAB:,} words, dim {DIM}, forward and backward"
-    return [figure(what, peaks["loss"], peaks["full"], "memory of full logits", "0.25", unit="MiB")]
+    name = f"loss of {TOKENS:,} tokens x {VOCAB:,} words, dim {DIM}, forward and backward"
+    return [figure(name, peaks["loss"], peaks["full"], "memory of full logits", "0.25", unit="MiB")]
 
 
-def loss_peak(way: str) -> float:
-    """MiB above what inputs and their gradients take."""
+def loss_peak(method: str) -> float:
+    """MiB of the peak above the memory of the inputs and their gradients. method: "loss" or "full" (full logits)."""
     hidden, weight = torch.randn(TOKENS, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     targets = torch.randint(0, VOCAB, (TOKENS,))
     before = reset_peak()
-    if way == "loss":
+    if method == "loss":
         linear_cross_entropy(hidden, weight, targets).backward()
     else:
         F.cross_entropy(hidden @ weight.t(), targets, reduction="sum").backward()
@@ -51,25 +51,25 @@ def loss_peak(way: str) -> float:
 
 
 class Masked:
-    """What the tokens see as a boolean mask (B, 1, S, S), the usual way."""
+    """The usual implementation of segments: a boolean mask (B, 1, S, S) of the keys that each query may attend to."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        """numbers (B, S) of the segments."""
-        length = numbers.shape[1]
+    def __init__(self, segments: Tensor) -> None:
+        """segments (B, S): the number of each token's segment."""
+        length = segments.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        self.mask = ((numbers[:, :, None] == numbers[:, None, :]) & causal)[:, None]
+        self.mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: Callable[..., Tensor]) -> Tensor:
         return fused(*(t.transpose(1, 2) for t in (q, k, v)), mask=self.mask).transpose(1, 2)
 
 
 def attention(repeats: int) -> list[Figure]:
-    """A layer that looks within chunks, and one that looks within stories, against one masked product."""
+    """Attention within chunks, and within stories, compared with one masked product."""
     length, rows, figures = 2048, 4, []
     x, positions = torch.randn(rows, length, 256, requires_grad=True), torch.arange(length)[None]
     starts = torch.rand(rows, length, generator=torch.Generator().manual_seed(0)) < 1 / 200
-    stories = starts.cumsum(1)  # of 200 tokens in the mean
-    for what, chunk, documents in (("chunks of 256", 256, None), ("stories of about 200 tokens", None, stories)):
+    stories = starts.cumsum(1)  # number of each token's story; the mean length is 200 tokens
+    for segments, chunk, documents in (("chunks of 256", 256, None), ("stories of about 200 tokens", None, stories)):
         layer = Attention(ModelConfig(dim=256, n_heads=8, attention_chunk=chunk, max_seq_len=length), 0)
         for weight in layer.parameters():
             torch.nn.init.normal_(weight, std=0.02)
@@ -80,14 +80,14 @@ def attention(repeats: int) -> list[Figure]:
                 places.chunked = Masked((positions // 256).expand(rows, -1) if documents is None else documents)
             layer(x, places).sum().backward()
 
-        times = in_turns({"ours": partial(step, False), "masked": partial(step, True)}, repeats)
-        name = f"attention in {what}, {rows} x {length:,} tokens, dim 256, forward and backward"
+        times = alternate({"ours": partial(step, False), "masked": partial(step, True)}, repeats)
+        name = f"attention in {segments}, {rows} x {length:,} tokens, dim 256, forward and backward"
         figures.append(figure(name, times["ours"], times["masked"], "speed over a boolean mask", "", True))
     return figures
 
 
 def loader(repeats: int) -> list[Figure]:
-    """A step of batches in its order, against taking as many rows at random from the mapped tokens, as is usual."""
+    """The batches of a step in the loader's order, compared with the usual random rows of a memory map."""
     from data.config import DataConfig
     from data.loader import BatchLayout, Loader, training_rows
     from data.prepare import main
@@ -95,33 +95,34 @@ def loader(repeats: int) -> list[Figure]:
     from data.shards import Corpus
 
     with tempfile.TemporaryDirectory() as folder:
-        words = ["data.stories=20000", "data.seq_len=256", f"data.dir={folder}/corpus"]
-        assert main(words) == 0
-        config: DataConfig = read({"data": DataConfig}, None, words)["data"]
+        settings = ["data.stories=20000", "data.seq_len=256", f"data.dir={folder}/corpus"]
+        assert main(settings) == 0
+        config: DataConfig = read({"data": DataConfig}, None, settings)["data"]
         corpus = Corpus.open(config.dir)
         tokenizer, split = corpus.tokenizer(), corpus.split("train")
         rows = training_rows(split, config, tokenizer.bos, tokenizer.pad)
         batches, tokens = Loader(rows, BatchLayout(256, 32, 1), 0, workers=0), split.shard(0).tokens
-        number, draw = iter(range(10**9)), torch.Generator().manual_seed(0)
+        number = itertools.count()
+        generator = torch.Generator().manual_seed(0)
 
         def at_random() -> None:
-            starts = torch.randint(0, len(tokens) - 257, (256,), generator=draw).tolist()
+            starts = torch.randint(0, len(tokens) - 257, (256,), generator=generator).tolist()
             torch.stack([torch.from_numpy(tokens[start : start + 257].astype("int64")) for start in starts])
 
-        times = in_turns({"ours": lambda: batches.step(next(number)), "at random": at_random}, 10 * repeats)
-    what = "loader, 256 rows of 256 tokens"
-    return [figure(what, times["ours"], times["at random"], "time over random rows of a memory map", "")]
+        times = alternate({"ours": lambda: batches.step(next(number)), "at random": at_random}, 10 * repeats)
+    name = "loader, 256 rows of 256 tokens"
+    return [figure(name, times["ours"], times["at random"], "time over random rows of a memory map", "")]
 
 
 def english(size: int, seed: int) -> list[str]:
-    """Stories of made-up words, 50,000 of them by Zipf's law, of about `size` bytes in all."""
+    """Stories of about `size` bytes in total, of 50,000 different made-up words that are distributed by Zipf's law."""
     r = random.Random(seed)
     starts = "b d f g k l m n p r s t st tr".split()
     syllables = [a + b + c for a in starts for b in "aeiou" for c in ("", "n", "r", "s")]
     names = sorted({"".join(r.choices(syllables, k=r.choice((1, 2, 2, 3)))) for _ in range(60_000)})
     r.shuffle(names)
     weights = list(itertools.accumulate(1 / (rank + 10) for rank in range(len(names))))
-    stories = list[str]()
+    stories: list[str] = []
     while size > 0:
         sentences = []
         for _ in range(r.randint(6, 20)):
@@ -134,9 +135,10 @@ def english(size: int, seed: int) -> list[str]:
 
 
 def encoding(repeats: int) -> list[Figure]:
-    """Text to tokens with the round trip checked: one process, and all cores to shards on disk against datasets.map.
+    """Text to tokens, each story decoded again and compared: by one process, and by all cores to shards on disk.
 
-    Of made-up English, or of the file of stories (.jsonl, .txt, .parquet) that the environment's STORIES names.
+    All cores are compared with datasets.map. The text is made-up English, or the file of stories (.jsonl, .txt,
+    .parquet) that the environment variable STORIES names.
     """
     from data.config import DataConfig
     from data.encode import encode, usable_cores
@@ -170,19 +172,22 @@ def encoding(repeats: int) -> list[Figure]:
         peer = datasets_map(texts, times_over, folder)
         if peer is not None:
             cases["peer"] = peer
-        times = in_turns(cases, max(4, repeats // 3))
+        times = alternate(cases, max(4, repeats // 3))
     rate = [size / 1e6 / seconds for seconds in times["one"]]
     plain = [size / 1e6 / seconds for seconds in times["sentencepiece"]]
-    what = f"encoding {named}, vocabulary 8,192, checked"
-    figures = [figure(f"{what}, one process", rate, plain, "speed over sentencepiece unchecked", "3 MB/s", unit="MB/s")]
+    name = f"encoding {named}, vocabulary 8,192, checked"
+    figures = [figure(f"{name}, one process", rate, plain, "speed over sentencepiece unchecked", "3 MB/s", unit="MB/s")]
     if peer is not None:
-        what += f", {usable_cores()} processes, {size * times_over / 1e6:.0f} MB"
-        figures.append(figure(what, times["all"], times["peer"], "speed over datasets.map, fast tokenizer", "2", True))
+        name += f", {usable_cores()} processes, {size * times_over / 1e6:.0f} MB"
+        figures.append(figure(name, times["all"], times["peer"], "speed over datasets.map, fast tokenizer", "2", True))
     return figures
 
 
 def datasets_map(texts: list[str], times_over: int, folder: str) -> Callable[[], object] | None:
-    """datasets.map with a fast tokenizer by as many processes; None where `tokenizers` (extra `hub`) is missing."""
+    """A function for datasets.map with a fast tokenizer and as many processes.
+
+    None if `tokenizers` (extra `hub`) is not installed.
+    """
     try:
         import tokenizers
     except ImportError:
@@ -204,7 +209,7 @@ def datasets_map(texts: list[str], times_over: int, folder: str) -> Callable[[],
 
 
 def encode_fast(model: str, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-    """A batch by the fast tokenizer, which each process makes once."""
+    """Encode a batch with the fast tokenizer, which each process creates once."""
     import tokenizers
 
     if model not in _fast:
@@ -216,31 +221,31 @@ _fast: dict[str, "tokenizers.Tokenizer"] = {}  # type: ignore[name-defined]  # n
 
 
 def start(repeats: int) -> list[Figure]:
-    """From the command to the end of the first step of launch/tiny.yaml, against importing torch."""
+    """Seconds from the command to the end of the first step of launch/tiny.yaml, compared with importing torch."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--config", "launch/tiny.yaml", f"data.dir={folder}/corpus"]
-        words += ["data.stories=3000", "data.vocab_size=512"]
-        subprocess.run([sys.executable, "-m", "data.prepare", *words], cwd=ROOT, check=True, capture_output=True)
+        arguments = ["--config", "launch/tiny.yaml", f"data.dir={folder}/corpus"]
+        arguments += ["data.stories=3000", "data.vocab_size=512"]
+        subprocess.run([sys.executable, "-m", "data.prepare", *arguments], cwd=ROOT, check=True, capture_output=True)
 
         def first_step(number: int) -> float:
-            run = [*words, f"run.dir={folder}/runs", f"run.name=r{number}", "train.steps=1000"]
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            settings = [f"run.dir={folder}/runs", f"run.name=r{number}", "train.steps=1000"]
+            command = [*launcher, "-m", "trainer.main", *arguments, *settings]
             metrics = Path(folder, "runs", f"r{number}", "metrics.jsonl")
-            began = time.perf_counter()
-            command = [*launch, "-m", "trainer.main", *run]
+            start_time = time.perf_counter()
             with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
                 while not (metrics.exists() and b'"kind": "train"' in metrics.read_bytes()):
                     assert process.poll() is None
                     time.sleep(0.02)
-                seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - start_time
                 process.terminate()
             return seconds
 
         times: dict[str, list[float]] = {"start": [], "torch": []}
         for number in range(max(3, repeats // 3)):
             times["start"].append(first_step(number))
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             subprocess.run([sys.executable, "-c", "import torch"], check=True)
-            times["torch"].append(time.perf_counter() - began)
-    what = "torchrun to the end of the first step, launch/tiny.yaml, 2 processes"
-    return [figure(what, times["start"], times["torch"], "time over `import torch`", "10 s")]
+            times["torch"].append(time.perf_counter() - start_time)
+    name = "torchrun to the end of the first step, launch/tiny.yaml, 2 processes"
+    return [figure(name, times["start"], times["torch"], "time over `import torch`", "10 s")]

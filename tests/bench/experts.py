@@ -1,4 +1,7 @@
-"""The experts: a block against its own products and against the usual loop; experts on other ranks against at home."""
+"""The experts: an MoE block, compared with its own products and with a loop over the experts.
+
+Also a training step with experts on two ranks, compared with experts that FSDP alone shards.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +15,7 @@ from model.moe import MoE
 from parallel import mesh
 from parallel.build import build_model
 from tests.bench import floor
-from tests.bench.harness import Figure, figure, in_turns
+from tests.bench.harness import Figure, alternate, figure
 from tests.support.pool import Pool
 from trainer.machine import keep_freed_memory
 
@@ -20,8 +23,8 @@ TOKENS = 2048
 CONFIG = ModelConfig(dim=768, expert_dim=2048, n_experts=31, n_layers=1)
 
 
-def block() -> MoE:
-    """A block with initial weights."""
+def moe_block() -> MoE:
+    """An MoE block with initial weights."""
     moe = MoE(CONFIG)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -29,7 +32,7 @@ def block() -> MoE:
 
 
 def step(moe: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward and backward of a block."""
+    """A function for forward and backward of a block on x (B, S, D)."""
     real = torch.ones(x.shape[:2], dtype=torch.bool)
 
     def call() -> None:
@@ -42,7 +45,7 @@ def step(moe: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 class Loop(nn.Module):
-    """The usual loop over experts, which indexes weights and tokens."""
+    """An MoE block with the usual loop over the experts, which indexes weights and tokens."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -53,20 +56,20 @@ class Loop(nn.Module):
         scores, experts, _, _ = moe.router(tokens, real.flatten(), None)
         out = torch.zeros_like(tokens)
         for e in range(CONFIG.n_experts):
-            where = (experts[:, 0] == e).nonzero()[:, 0]
-            gate, up = (tokens[where] * scores[where] @ moe.experts.gate_up[e]).chunk(2, -1)
-            out = out.index_add(0, where, F.silu(gate) * up @ moe.experts.down[e])
+            rows = (experts[:, 0] == e).nonzero()[:, 0]
+            gate, up = (tokens[rows] * scores[rows] @ moe.experts.gate_up[e]).chunk(2, -1)
+            out = out.index_add(0, rows, F.silu(gate) * up @ moe.experts.down[e])
         assert moe.shared is not None
         return (out + moe.shared(tokens)).view_as(x), None, None
 
 
 @functools.cache
 def _plain_loop() -> Callable[[], None]:
-    return step(Loop(block()), torch.randn(4, TOKENS // 4, CONFIG.dim, requires_grad=True))
+    return step(Loop(moe_block()), torch.randn(4, TOKENS // 4, CONFIG.dim, requires_grad=True))
 
 
 def plain_loop(threads: int) -> None:
-    """A step of the loop in a process of its own, where memory is handled as in any Python program."""
+    """Run a step of the loop. It runs in a process of its own, with the default settings of the allocator."""
     torch.set_num_threads(threads)
     _plain_loop()()
 
@@ -74,10 +77,10 @@ def plain_loop(threads: int) -> None:
 def measure(repeats: int) -> list[Figure]:
     """All figures of the experts."""
     keep_freed_memory()
-    moe, x = block(), torch.randn(4, TOKENS // 4, CONFIG.dim, requires_grad=True)
+    moe, x = moe_block(), torch.randn(4, TOKENS // 4, CONFIG.dim, requires_grad=True)
     real, tokens = torch.ones(x.shape[:2], dtype=torch.bool), x.detach().flatten(0, 1)
 
-    def way() -> None:
+    def routing() -> None:
         """Routing, sorting and regrouping, and their backward, without the experts."""
         y = tokens.view_as(x).requires_grad_()
         sent = moe.dispatch(y, real, None)
@@ -85,33 +88,35 @@ def measure(repeats: int) -> list[Figure]:
         moe.router.weight.grad = None
 
     pool, threads = Pool(), torch.get_num_threads()
-    alone = floor.moe_products(CONFIG, TOKENS)
+    products = floor.moe_products(CONFIG, TOKENS)
     cases = {
         "block": step(moe, x),
-        "products": lambda: [job() for job in alone],
+        "products": lambda: [job() for job in products],
         "loop": step(Loop(moe), x),
         "plain loop": lambda: pool.run(1, "tests.bench.experts:plain_loop", threads=threads),
-        "way": way,
+        "routing": routing,
     }
-    times = in_turns(cases, repeats)
+    times = alternate(cases, repeats)
     pool.close()
     size = f"{TOKENS:,} tokens, dim {CONFIG.dim}, {CONFIG.n_experts} + 1 experts of {CONFIG.expert_dim:,}, fp32"
+    name = f"MoE block ({size})"
+    over_loop = "speed over a loop that indexes weights"
     return [
-        figure(f"MoE block ({size})", times["block"], times["products"], "share of its products' speed", "0.85", True),
-        figure("the same", times["block"], times["plain loop"], "speed over a loop that indexes weights", "4", True),
-        figure("the same", times["block"], times["loop"], "that loop with this trainer's allocator settings", "", True),
-        figure("routing, sorting, regrouping", times["way"], times["block"], "share of the block's time", "0.08"),
-        *ranks(repeats),
+        figure(name, times["block"], times["products"], "share of its products' speed", "0.85", True),
+        figure(name, times["block"], times["plain loop"], over_loop, "4", True),
+        figure(name, times["block"], times["loop"], f"{over_loop}, with this trainer's allocator settings", "", True),
+        figure("routing, sorting, regrouping", times["routing"], times["block"], "share of the block's time", "0.08"),
+        *on_two_ranks(repeats),
     ]
 
 
-def ranks(repeats: int) -> list[Figure]:
-    """A training step on two ranks, one thread each: experts on both against sharded by FSDP alone."""
+def on_two_ranks(repeats: int) -> list[Figure]:
+    """A training step on two ranks with one thread each: experts on both ranks, and experts that FSDP alone shards."""
     pool = Pool()
     figures = []
     for name, keys in SHAPES.items():
-        home, away = pool.run(2, "tests.bench.experts:two_ranks", timeout=600, keys=keys, repeats=repeats)[0]
-        figures.append(figure(f"step on 2 ranks, {name}", away, home, "time of expert=2 over expert=1", "1.10"))
+        fsdp, experts = pool.run(2, "tests.bench.experts:two_ranks", timeout=600, keys=keys, repeats=repeats)[0]
+        figures.append(figure(f"step on 2 ranks, {name}", experts, fsdp, "time of expert=2 over expert=1", "1.10"))
     pool.close()
     return figures
 
@@ -127,7 +132,7 @@ SHAPES = {
 
 
 def two_ranks(keys: dict[str, int], repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of steps with expert=1 and with expert=2, in turns, on this rank."""
+    """Seconds of alternating steps with parallel.expert=1 and with parallel.expert=2, on this rank."""
     from trainer.config import TrainConfig
     from trainer.optimizer import make_optimizer
 
@@ -137,7 +142,7 @@ def two_ranks(keys: dict[str, int], repeats: int) -> tuple[list[float], list[flo
     config, world, cpu = ModelConfig(**keys), mesh.World.from_environment(), torch.device("cpu")
     tokens = torch.randint(0, vocab, (rows, config.max_seq_len), generator=torch.Generator().manual_seed(world.rank))
 
-    def one(expert: int) -> Callable[[], None]:
+    def train_step(expert: int) -> Callable[[], None]:
         layout = mesh.make_mesh(mesh.Degrees(1, 2, expert), cpu)
         model = build_model(config, vocab, 0, cpu, torch.float32, layout)
         optimizer = make_optimizer(model, TrainConfig(steps=1))
@@ -151,5 +156,5 @@ def two_ranks(keys: dict[str, int], repeats: int) -> tuple[list[float], list[flo
 
         return call
 
-    times = in_turns({"home": one(1), "away": one(2)}, repeats)
-    return times["home"], times["away"]
+    times = alternate({"expert=1": train_step(1), "expert=2": train_step(2)}, repeats)
+    return times["expert=1"], times["expert=2"]

@@ -1,9 +1,9 @@
-"""What a perfect trainer would take: a step's own products from operands that are there, attention, and AdamW.
+"""The floor: the time of the matrix products, the attention and the optimizer that a training step cannot avoid.
 
-The definition is that of the usual yardstick for such trainers: every matrix product of the forward and both of the
-backward at its own shape, tokens spread evenly over the experts, each product by the faster of one batched call and
-one call for each expert; fused attention forward and backward; all that in one dtype, and fused AdamW in fp32 over as
-many parameters.
+It consists of every matrix product of the forward and both products of the backward at its own shape, with operands
+that exist already, tokens spread evenly over the experts, and each product computed by the faster of one batched call
+and one call for each expert; fused attention in forward and backward; all of it in one dtype; and fused AdamW in fp32
+over the same number of parameters.
 """
 
 import time
@@ -18,7 +18,7 @@ Job = Callable[[], object]
 
 
 def products(m: int, k: int, n: int, count: int = 1, dtype: torch.dtype = torch.float32) -> list[Job]:
-    """x (m, k) times w (k, n), and the gradients of both, `count` times over."""
+    """`count` products of x (m, k) and w (k, n), and the gradients of both."""
     x, grad, weight = (torch.randn(count, *shape).to(dtype) for shape in ((m, k), (m, n), (n, k)))
     return [
         fastest(a, b, torch.empty(count, a.shape[1], b.shape[2], dtype=dtype))
@@ -27,29 +27,29 @@ def products(m: int, k: int, n: int, count: int = 1, dtype: torch.dtype = torch.
 
 
 def fastest(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Job:
-    """The quicker way to a batch of products, by the best of three goes each."""
+    """The faster of two ways to compute a batch of products, by the best time of three calls each."""
 
-    def at_once() -> None:
+    def batched() -> None:
         torch.bmm(a, b, out=out)
 
     def one_by_one() -> None:
         for i in range(len(a)):
             torch.mm(a[i], b[i], out=out[i])
 
-    def cost(way: Job) -> float:
-        way()
-        times = []
+    def best_seconds(job: Job) -> float:
+        job()  # warm-up
+        seconds = []
         for _ in range(3):
             start = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - start)
-        return min(times)
+            job()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
-    return min((at_once, one_by_one), key=cost)
+    return min((batched, one_by_one), key=best_seconds)
 
 
 def block_products(config: ModelConfig, layer: int, tokens: int, dtype: torch.dtype) -> list[Job]:
-    """Those of one block, without attention itself."""
+    """The products of one block, without those of attention itself (queries with keys, weights with values)."""
     d, heads = config.dim, config.head * (config.n_heads + 2 * config.kv_heads)
     jobs = products(tokens, d, heads, dtype=dtype) + products(tokens, config.head * config.n_heads, d, dtype=dtype)
     if not config.is_moe(layer):
@@ -58,12 +58,12 @@ def block_products(config: ModelConfig, layer: int, tokens: int, dtype: torch.dt
 
 
 def feed_forward(tokens: int, d: int, f: int, count: int = 1, dtype: torch.dtype = torch.float32) -> list[Job]:
-    """Those of `count` SwiGLUs of `tokens` each."""
+    """The products of `count` SwiGLUs of `tokens` tokens each."""
     return products(tokens, d, 2 * f, count, dtype) + products(tokens, f, d, count, dtype)
 
 
 def moe_products(config: ModelConfig, tokens: int, dtype: torch.dtype = torch.float32) -> list[Job]:
-    """Router, shared expert, and the routed ones, each with its even share of the tokens."""
+    """The products of the router, the shared expert, and the routed experts, each with an equal share of the tokens."""
     d, f, e = config.dim, config.expert_dim, config.n_experts
     shared = feed_forward(tokens, d, f, dtype=dtype) if config.shared_expert else []
     return products(tokens, d, e, dtype=dtype) + shared + feed_forward(tokens * config.top_k // e, d, f, e, dtype)
@@ -72,8 +72,9 @@ def moe_products(config: ModelConfig, tokens: int, dtype: torch.dtype = torch.fl
 def step(
     config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """A whole training step of `batch` rows of `length` tokens."""
-    tokens, jobs = batch * length, list[Job]()
+    """The floor of a whole training step of `batch` rows of `length` tokens."""
+    tokens = batch * length
+    jobs: list[Job] = []
     q = torch.randn(batch, config.n_heads, length, config.head).to(dtype).requires_grad_()
     for layer in range(config.n_layers):
         jobs += block_products(config, layer, tokens, dtype)

@@ -1,4 +1,4 @@
-"""Generation: tokens a second beside transformers' `generate` with the same weights, and what more experts cost."""
+"""Generation: tokens per second compared with transformers' `generate` with the same weights; the cost of experts."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.bench.harness import Figure, figure, in_turns
+from tests.bench.harness import Figure, alternate, figure
 from trainer.generate import Sampling, generate_batch
 
 VOCAB, PROMPT, NEW = 4096, 16, 64
@@ -16,7 +16,7 @@ SMALL = ModelConfig(
 
 
 class Numbers:
-    """A tokenizer of numbers, without an end: every story is as long as asked for."""
+    """A tokenizer for texts of numbers. It has no end token, so every story has the requested length."""
 
     bos, eos, pad, unk = 1, -1, 0, 3
 
@@ -25,54 +25,67 @@ class Numbers:
 
 
 def measure(repeats: int) -> list[Figure]:
-    """Greedy, with caches, on one core: a token's products are too small to share without waiting for each other."""
+    """Greedy decoding with caches, on one core: a token's products are too small for several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [*beside_transformers(max(4, repeats // 3)), more_experts(repeats)]
+        return [*compared_with_transformers(max(4, repeats // 3)), more_experts(repeats)]
     finally:
         torch.set_num_threads(threads)
 
 
-def beside_transformers(repeats: int) -> list[Figure]:
-    model, figures = initial(SMALL), list[Figure]()
+def compared_with_transformers(repeats: int) -> list[Figure]:
+    """Tokens per second for one story and for eight; no figures if `transformers` is not installed."""
+    model = initial(SMALL)
+    figures: list[Figure] = []
     peer = exported(model)
     if peer is None:
         return figures
     for batch in (1, 8):
         prompts = torch.randint(4, VOCAB, (batch, PROMPT - 1), generator=torch.Generator().manual_seed(0)).tolist()
-        times = in_turns({"ours": stories(model, prompts), "theirs": peer(prompts)}, repeats)
-        ours, theirs = ([batch * NEW / seconds for seconds in times[name]] for name in ("ours", "theirs"))
-        what = f"generation, dim 256, 31 experts, {PROMPT} + {NEW} tokens, batch {batch}, one core"
-        figures.append(figure(what, ours, theirs, "speed over transformers' generate", "3", unit="tokens/s"))
+        times = alternate({"ours": stories(model, prompts), "theirs": peer(prompts)}, repeats)
+        ours = [batch * NEW / seconds for seconds in times["ours"]]
+        theirs = [batch * NEW / seconds for seconds in times["theirs"]]
+        name = f"generation, dim 256, 31 experts, {PROMPT} + {NEW} tokens, batch {batch}, one core"
+        figures.append(figure(name, ours, theirs, "speed over transformers' generate", "3", unit="tokens/s"))
     return figures
 
 
 def more_experts(repeats: int) -> Figure:
-    few, many = (stories(initial(SMALL.model_copy(update={"n_experts": n})), [[5] * 15]) for n in (7, 127))
-    times = in_turns({"many": many, "few": few}, repeats)
-    ours, other = ([seconds / NEW for seconds in times[name]] for name in ("many", "few"))
-    return figure("generation, a token with 127 experts, one core", ours, other, "time over 7 experts", "1")
+    """Time per token with 127 experts, compared with 7 experts."""
+    prompts = [[5] * 15]
+    with_127 = stories(initial(SMALL.model_copy(update={"n_experts": 127})), prompts)
+    with_7 = stories(initial(SMALL.model_copy(update={"n_experts": 7})), prompts)
+    times = alternate({"127": with_127, "7": with_7}, repeats)
+    seconds_127 = [seconds / NEW for seconds in times["127"]]
+    seconds_7 = [seconds / NEW for seconds in times["7"]]
+    name = "generation, a token with 127 experts, one core"
+    return figure(name, seconds_127, seconds_7, "time over 7 experts", "1")
 
 
 def initial(config: ModelConfig) -> Transformer:
+    """A model with initial weights, in evaluation mode."""
     model = Transformer(config, VOCAB)
     model.init_weights(0)
     return model.eval()
 
 
 def stories(model: Transformer, prompts: Sequence[Sequence[int]]) -> Callable[[], None]:
+    """A function that continues the prompts by NEW tokens."""
     texts = [" ".join(map(str, prompt)) for prompt in prompts]
 
     def call() -> None:
-        made = generate_batch(model, Numbers(), texts, Sampling(NEW, temperature=0))  # type: ignore[arg-type]
-        assert sum(1 for _ in made) == NEW * len(texts)
+        tokens = generate_batch(model, Numbers(), texts, Sampling(NEW, temperature=0))  # type: ignore[arg-type]
+        assert sum(1 for _ in tokens) == NEW * len(texts)
 
     return call
 
 
 def exported(model: Transformer) -> Callable[[Sequence[Sequence[int]]], Callable[[], None]] | None:
-    """What `hub export` makes of the model, in transformers; None where that (extra `hub`) is missing."""
+    """A function like `stories` for the model that `hub export` writes, in transformers (extra `hub`).
+
+    None if transformers is not installed.
+    """
     try:
         import transformers
     except ImportError:
@@ -86,11 +99,11 @@ def exported(model: Transformer) -> Callable[[Sequence[Sequence[int]]], Callable
 
     def generator(prompts: Sequence[Sequence[int]]) -> Callable[[], None]:
         tokens = torch.tensor([[1, *prompt] for prompt in prompts])
-        words = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        settings = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
 
         def call() -> None:
-            made = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **words)
-            assert made.shape == (len(tokens), PROMPT + NEW)
+            result = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+            assert result.shape == (len(tokens), PROMPT + NEW)
 
         return call
 

@@ -1,4 +1,4 @@
-"""A training step of this trainer against its floor, and against transformers' fastest mixture of experts."""
+"""A training step of this trainer, compared with its floor and with transformers' fastest mixture of experts."""
 
 import functools
 import importlib.util
@@ -12,13 +12,13 @@ from model.config import ModelConfig
 from model.precision import weights_unchanged
 from parallel.build import build_model
 from tests.bench import floor
-from tests.bench.harness import Figure, figure, in_turns
+from tests.bench.harness import Figure, alternate, figure
 from tests.support.pool import Pool
 from trainer.config import TrainConfig
 from trainer.machine import bf16_pays, keep_freed_memory
 from trainer.optimizer import make_optimizer
 
-SIZES = {  # vocabulary, rows, tokens a row, and the model
+SIZES = {  # vocabulary size, rows, tokens in a row, and the model
     "small": (
         4096,
         8,
@@ -31,7 +31,7 @@ Step = Callable[[], None]
 
 
 def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype = torch.float32) -> Step:
-    """Forward, backward and AdamW of this trainer's model, on one process."""
+    """A function for forward, backward and AdamW of this trainer's model, in one process."""
     model = build_model(config, vocab_size, 0, torch.device("cpu"), dtype, None).train()
     optimizer = make_optimizer(model, TrainConfig(steps=1))
     tokens = torch.randint(0, vocab_size, (batch, length))
@@ -48,9 +48,10 @@ def our_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtyp
 
 
 def transformers_step(config: ModelConfig, vocab_size: int, batch: int, length: int, dtype: torch.dtype) -> Step:
-    """The same of Qwen2-MoE, transformers' model that is nearest and groups its experts' products; bf16 by autocast.
+    """The same for Qwen2-MoE, the nearest model of transformers that has grouped products for its experts.
 
-    Its tokens go to the experts in turns, whatever its weights say, so that all experts work.
+    bf16 is computed by autocast. Tokens are assigned to the experts in round robin, not by the router's scores, so that
+    all experts have the same load.
     """
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -77,7 +78,7 @@ def transformers_step(config: ModelConfig, vocab_size: int, batch: int, length: 
     tokens = torch.randint(0, vocab_size, (batch, length))
 
     def run() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), InTurns(config.n_experts):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), RoundRobinTopK(config.n_experts):
             logits = model(input_ids=tokens).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
         loss.backward()
@@ -87,8 +88,8 @@ def transformers_step(config: ModelConfig, vocab_size: int, batch: int, length: 
     return run
 
 
-class InTurns(torch.overrides.TorchFunctionMode):
-    """topk over the experts picks one after the other."""
+class RoundRobinTopK(torch.overrides.TorchFunctionMode):
+    """Replaces topk over the experts: the choices go through the experts in order, again and again."""
 
     def __init__(self, n_experts: int) -> None:
         super().__init__()
@@ -108,35 +109,50 @@ def _peer(size: str, dtype: torch.dtype) -> Step:
     return transformers_step(config, vocab_size, batch, length, dtype)
 
 
-def peer(size: str, dtype: torch.dtype, threads: int, keep: bool) -> None:
-    """A step of transformers in a process of its own, with this trainer's settings of the allocator if `keep`."""
+def peer(size: str, dtype: torch.dtype, threads: int, keep_memory: bool) -> None:
+    """Run a step of transformers. `keep_memory` applies this trainer's settings of the allocator.
+
+    It runs in a process of its own, whose allocator has other settings than this process's.
+    """
     torch.set_num_threads(threads)
-    if keep:
+    if keep_memory:
         keep_freed_memory()
     _peer(size, dtype)()
 
 
 def measure(repeats: int) -> list[Figure]:
-    """All figures of the step, in fp32, and in bf16 where that is faster at all; two models at a time in memory."""
+    """All figures of the step, in fp32, and in bf16 if that is faster on this machine.
+
+    At most two models are in memory at a time.
+    """
     keep_freed_memory()
     dtypes = [torch.float32, torch.bfloat16] if bf16_pays(256) else [torch.float32]
     if len(dtypes) == 1:
-        print("no figures in bf16: on this machine its products are not faster than fp32's", file=sys.stderr)
-    peers = {"speed over transformers' grouped Qwen2-MoE": False, "that with this trainer's allocator settings": True}
+        print(
+            "no figures in bf16, because products in bf16 are not faster than in fp32 on this machine", file=sys.stderr
+        )
+    peers = [
+        ("speed over transformers' grouped Qwen2-MoE", False),
+        ("the same with this trainer's allocator settings", True),
+    ]
+    if importlib.util.find_spec("transformers") is None:  # extra `hub`
+        peers = []
     figures = []
     for size, (vocab_size, batch, length, config) in SIZES.items():
         rounds = repeats if size == "small" else max(5, repeats // 3)
         for dtype in dtypes:
             ours = our_step(config, vocab_size, batch, length, dtype)
-            ours(), ours()  # until it has all the memory that it will use
-            times = in_turns({"ours": ours, "floor": floor.step(config, vocab_size, batch, length, dtype)}, rounds)
-            what = f"training step, {size} ({batch * length:,} tokens, dim {config.dim}, {config.n_layers} layers), "
-            what += str(dtype).removeprefix("torch.")
-            figures.append(figure(what, times["ours"], times["floor"], "share of its floor's speed", "0.80", True))
-            for meaning, keep in peers.items() if importlib.util.find_spec("transformers") else ():  # extra `hub`
-                pool, keys = Pool(), dict(size=size, dtype=dtype, threads=torch.get_num_threads(), keep=keep)
-                other = functools.partial(pool.run, 1, "tests.bench.training:peer", timeout=600, **keys)
-                times = in_turns({"ours": ours, "peer": other}, rounds)
+            ours()
+            ours()  # after two steps the process has all the memory that later steps use
+            times = alternate({"ours": ours, "floor": floor.step(config, vocab_size, batch, length, dtype)}, rounds)
+            shapes = f"{batch * length:,} tokens, dim {config.dim}, {config.n_layers} layers"
+            name = f"training step, {size} ({shapes}), {str(dtype).removeprefix('torch.')}"
+            figures.append(figure(name, times["ours"], times["floor"], "share of its floor's speed", "0.80", True))
+            for meaning, keep_memory in peers:
+                pool = Pool()
+                arguments = dict(size=size, dtype=dtype, threads=torch.get_num_threads(), keep_memory=keep_memory)
+                other = functools.partial(pool.run, 1, "tests.bench.training:peer", timeout=600, **arguments)
+                times = alternate({"ours": ours, "peer": other}, rounds)
                 pool.close()
-                figures.append(figure("the same", times["ours"], times["peer"], meaning, "1.05", True))
+                figures.append(figure(name, times["ours"], times["peer"], meaning, "1.05", True))
     return figures

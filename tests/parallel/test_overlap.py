@@ -1,4 +1,4 @@
-"""The exchange hidden behind the shared expert, by the clock, on two hosts with a slow link between them."""
+"""The exchange of rows overlaps with the shared expert: measured on two hosts with a slow link between them."""
 
 import json
 
@@ -11,10 +11,10 @@ LEGS = ["out", "home", "backward home", "backward out"]
 
 @pytest.mark.slow
 def test_transfers_hide_behind_the_shared_expert():
-    """8,192 tokens a rank, dim 256, expert_dim 512, 300 Mbit/s: of each leg at least 80% of what can be is hidden.
+    """8,192 tokens a rank, dim 256, expert_dim 512, 300 Mbit/s: each transfer is hidden to 80% of the possible time.
 
-    What can be: the transfer or the compute beside it, whichever is shorter. Neighbours of this machine disturb such
-    times, so that one of three tries must do; without overlap none would.
+    The possible time is that of the transfer or of the computation beside it, whichever is shorter. Other processes on
+    the machine disturb the times, so one of three tries must pass; without overlap no try would.
     """
     tries = []
     try:
@@ -23,12 +23,15 @@ def test_transfers_hide_behind_the_shared_expert():
                 lines = [out.splitlines()[-1] for out in hosts.run(names, "tests.support.slow_link")]
                 ranks = [json.loads(line)["legs"] for line in lines]
                 tries.append({leg: hidden([legs[leg] for legs in ranks]) for leg in LEGS})
-    except hosts.NoHosts as why:
-        pytest.skip(f"two hosts take network namespaces: {why}")
+    except hosts.NamespacesUnavailable as error:
+        pytest.skip(f"two hosts need network namespaces: {error}")
     assert min(tries[-1].values()) >= 0.8, tries
 
 
 def hidden(ranks):
-    """The share of one leg that is hidden. The rank that comes last waits for the link alone: its waits count."""
+    """The share of one transfer that is hidden.
+
+    The rank that starts last waits for the link alone, not for the other rank: its times, the shorter ones, count.
+    """
     transfer, exposed = (min(rank[key] for rank in ranks) for key in ("transfer", "exposed"))
     return (transfer - exposed) / min(transfer, *(rank["beside"] for rank in ranks))

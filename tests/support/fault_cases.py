@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.loader import Loader
 from model import transformer
-from parallel.fsdp import local
+from parallel.fsdp import to_local
 from parallel.mesh import World
 from tests.support import run_cases as cases
 from trainer import step as step_module
@@ -97,8 +97,8 @@ def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: 
         return value * torch.nan if bad and what == "loss" else value
 
     def state(run: Run) -> list[Tensor]:
-        tensors = [local(x) for x in [*run.model.parameters(), *run.model.buffers()]]
-        return [t.clone() for t in tensors + [local(t) for s in run.optimizer.state.values() for t in s.values()]]
+        tensors = [to_local(x) for x in [*run.model.parameters(), *run.model.buffers()]]
+        return [t.clone() for t in tensors + [to_local(t) for s in run.optimizer.state.values() for t in s.values()]]
 
     def step(run: Run, batch: Any) -> step_module.StepResult:
         now[0], before = run.step + 1, state(run)

@@ -14,7 +14,7 @@ from model.random import sequence_keys, site_keys
 from parallel import collectives, fsdp, gradients
 from parallel.build import build_model
 from parallel.experts import Exchange, ExpertPlacement, _Leg, as_global_dtensor, distribute
-from parallel.mesh import World, degrees, make_mesh
+from parallel.mesh import World, make_mesh, resolve_degrees
 from parallel.recompute import recompute
 from trainer.checkpoint.load import weights_digest
 
@@ -27,8 +27,8 @@ VOCAB = 40
 def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, recompute="none", compile=False, **keys):
     """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
     world, config, cpu = World.from_environment(), ModelConfig(**{**SMALL, **keys}), torch.device("cpu")
-    layout = make_mesh(degrees(world, config, replicate, "auto", expert), cpu)
-    with mock.patch.object(fsdp, "SMALL", small):  # set back at once: these processes serve other tests too
+    layout = make_mesh(resolve_degrees(world, config, replicate, "auto", expert), cpu)
+    with mock.patch.object(fsdp, "ONE_UNIT_BYTES", small):  # set back at once: these processes serve other tests too
         return build_model(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute, compile), world
 
 
@@ -47,7 +47,7 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
     loss = torch.zeros((), dtype=torch.float64)
     chunks = torch.arange(6)[mine].tensor_split(micro_batches)
     for number, rows in enumerate(chunks):
-        fsdp.reduce_gradients(model, number == len(chunks) - 1 or reduce == "every")
+        fsdp.set_gradient_sync(model, number == len(chunks) - 1 or reduce == "every")
         output = model(tokens[rows, :-1], targets[rows])
         (output.loss / real).backward()
         loss += output.loss.detach().double() / real
@@ -88,7 +88,7 @@ def gathered_leaves_the_model_sharded(**keys):
         outside = model(tokens).logits
         with fsdp.gathered(model):
             inside = [model(tokens).logits for _ in range(3)]
-    whole = set(fsdp.replicated(model))
+    whole = set(fsdp.replicated_parameters(model))
     sharded = all(hasattr(p, "placements") != (p in whole) for p in model.parameters())
     model(tokens, tokens).loss.backward()
     return sharded, all(torch.equal(x, outside) for x in inside), all(p.grad is not None for p in model.parameters())
@@ -237,7 +237,7 @@ def wire(micro_batches=2, **keys):
     loads = 0
     with Wire() as seen:
         for number in range(micro_batches):
-            fsdp.reduce_gradients(model, number == micro_batches - 1)
+            fsdp.set_gradient_sync(model, number == micro_batches - 1)
             output = model(tokens, tokens)
             output.loss.backward()
             loads = loads + output.loads
@@ -268,7 +268,7 @@ def forced(to, **keys):
     for _ in range(2):
         output = model(tokens, targets)
         output.loss.backward()
-    finite = all(bool(fsdp.local(p.grad).isfinite().all()) for p in model.parameters())
+    finite = all(bool(fsdp.to_local(p.grad).isfinite().all()) for p in model.parameters())
     return output.loads.tolist(), finite
 
 
@@ -300,7 +300,7 @@ def compiled(**keys):
                 loss.backward()
             losses.append(loss.item())
             graphs.append(counters["stats"]["unique_graphs"])
-        results.append((losses, [fsdp.local(p.grad) for p in model.parameters()]))
+        results.append((losses, [fsdp.to_local(p.grad) for p in model.parameters()]))
     model.eval()
     model(tokens[:, :7])
     graphs.append(counters["stats"]["unique_graphs"])
@@ -315,7 +315,7 @@ def whole_experts(**keys):
     found = {}
     for name, p in model.named_parameters():
         if ".experts." in name:
-            found[name] = tuple(fsdp.local(p).shape), tuple(as_global_dtensor(model, name, p).shape)
+            found[name] = tuple(fsdp.to_local(p).shape), tuple(as_global_dtensor(model, name, p).shape)
     return found
 
 
@@ -333,6 +333,6 @@ def recomputed_on_one_rank(mode):
         tokens = torch.arange(32).view(2, 16) % VOCAB
         loss = model(tokens, tokens).loss
         loss.backward()
-        finite = all(bool(fsdp.local(p.grad).isfinite().all()) for p in model.parameters())
+        finite = all(bool(fsdp.to_local(p.grad).isfinite().all()) for p in model.parameters())
         units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     return loss.item(), finite, units

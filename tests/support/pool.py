@@ -1,7 +1,7 @@
-"""Processes for distributed tests: started once, since each takes seconds to import torch, and used again.
+"""A pool of worker processes for distributed tests. Workers are reused, since each needs seconds to import torch.
 
-`pool.run(world, "module:function", **kwargs)` calls the function on `world` ranks, in a gloo group of their own, and
-returns the results by rank. An exception on any rank is raised here with that rank's traceback.
+`pool.run(world, "module:function", **kwargs)` calls the function on `world` ranks in a new gloo process group, and
+returns the results by rank. If any rank raises an exception, `run` raises an AssertionError with its traceback.
 """
 
 import faulthandler
@@ -14,18 +14,22 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+FAILURE_GRACE_S = 3.0  # the other ranks' time to report, once one rank has failed
+
 
 class Pool:
+    """Worker processes, started when `run` first needs them."""
+
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, function: str, timeout: float = 120, **kwargs: Any) -> list[Any]:
         context = multiprocessing.get_context("spawn")
         while len(self._workers) < world:
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there,), daemon=True)
+            pipe, worker_pipe = context.Pipe()
+            process = context.Process(target=_work, args=(worker_pipe,), daemon=True)
             process.start()
-            self._workers.append((process, here))
+            self._workers.append((process, pipe))
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(self._workers[:world]):
                 pipe.send((function, kwargs, rank, world, folder))
@@ -37,24 +41,27 @@ class Pool:
         return [value for _, value in answers]
 
     def _answers(self, world: int, timeout: float) -> list[tuple[bool, Any]]:
-        """What each rank says, or why it says nothing; once one has failed the others have seconds left."""
+        """For each rank True and its result, or False and the reason why there is none."""
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
         while len(answers) < world and (left := end - time.monotonic()) > 0:
-            waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world]) if rank not in answers}
-            for pipe in wait(list(waiting), left):
+            unanswered = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world]) if rank not in answers}
+            for pipe in wait(list(unanswered), left):
                 assert isinstance(pipe, Connection)
-                rank = waiting[pipe]
+                rank = unanswered[pipe]
                 try:
                     answers[rank] = pipe.recv()
                 except EOFError:
-                    self._workers[rank][0].join(5)
-                    answers[rank] = False, f"died with exit code {self._workers[rank][0].exitcode}"
-                if not answers[rank][0]:
-                    end = min(end, time.monotonic() + 3)
-        return [answers.get(rank, (False, "no answer")) for rank in range(world)]
+                    process = self._workers[rank][0]
+                    process.join(5)
+                    answers[rank] = False, f"the process ended with exit code {process.exitcode}"
+                succeeded, _ = answers[rank]
+                if not succeeded:
+                    end = min(end, time.monotonic() + FAILURE_GRACE_S)
+        return [answers.get(rank, (False, "no answer before the time limit")) for rank in range(world)]
 
     def close(self) -> None:
+        """Kill the workers. A later `run` starts new ones."""
         for process, pipe in self._workers:
             pipe.close()
             process.kill()
@@ -63,6 +70,7 @@ class Pool:
 
 
 def _work(pipe: Connection) -> None:
+    """The worker: calls the functions that arrive through the pipe until the pipe is closed."""
     faulthandler.enable()
     import torch
     import torch.distributed as dist
@@ -73,8 +81,8 @@ def _work(pipe: Connection) -> None:
             function, kwargs, rank, world, folder = pipe.recv()
         except EOFError:
             return
-        place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({name: str(value) for name, value in environment.items()})
         try:
             if world > 1:
                 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)

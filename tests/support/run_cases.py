@@ -66,7 +66,7 @@ def initial_digests(places: list[str], run: str, expert: int) -> list[str]:
 
     world, cpu = World.from_environment(), torch.device("cpu")
     _, tokenizer, settings = load_model(Path(run))
-    device_mesh = mesh.make_mesh(mesh.degrees(world, settings.model, 1, "auto", expert), cpu)
+    device_mesh = mesh.make_mesh(mesh.resolve_degrees(world, settings.model, 1, "auto", expert), cpu)
     digests = []
     for place in places:
         model = build_model(settings.model, tokenizer.vocab_size, 5, cpu, torch.float32, device_mesh)
@@ -210,8 +210,8 @@ def run_on_small_disk(corpus: str, runs: str, more: list[str]) -> int:
 def sharded_model(replicate: int, expert: int) -> tuple[Transformer, torch.optim.Optimizer]:
     """A model with 31 experts on this mesh, in which each block is an FSDP unit, and an optimizer with its state."""
     world, cpu = World.from_environment(), torch.device("cpu")
-    device_mesh = mesh.make_mesh(mesh.degrees(world, PRIME_MODEL, replicate, "auto", expert), cpu)
-    with mock.patch.object(fsdp, "SMALL", 0):
+    device_mesh = mesh.make_mesh(mesh.resolve_degrees(world, PRIME_MODEL, replicate, "auto", expert), cpu)
+    with mock.patch.object(fsdp, "ONE_UNIT_BYTES", 0):
         model = build_model(PRIME_MODEL, 40, 0, cpu, torch.float32, device_mesh)
     return model, make_optimizer(model, TrainConfig(steps=1))
 
@@ -235,7 +235,7 @@ def save_random(folder: str, async_save: bool, replicate: int, expert: int) -> s
         if isinstance(tensor, DTensor):
             shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             values = values[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-        fsdp.local(tensor).copy_(values)
+        fsdp.to_local(tensor).copy_(values)
     tokenizer = Path(folder) / "words"
     tokenizer.parent.mkdir(exist_ok=True)
     tokenizer.write_text("words")

@@ -1,8 +1,10 @@
-"""Training steps over a slow link, with and without overlap, in turns: how much of each leg's transfer is hidden.
+"""Measures how much of the time of the exchange's transfers is hidden by computation, over a slow link.
 
-Started on two hosts by test_overlap.py. Prints one JSON object: for each leg the medians over layers and steps of
-`transfer` (the wait without overlap), `beside` (the compute placed beside it), `exposed` (what is still waited for with
-overlap, at the start or the finish), in seconds; and the step times of both ways.
+test_overlap.py starts it on two hosts. Steps with and without overlap alternate. It prints one JSON object. `legs` has,
+for each transfer (dispatch and combine, in the forward and in the backward), medians over layers and steps in seconds:
+`transfer`, the wait without overlap; `beside`, the computation that runs during the transfer; `exposed`, the wait that
+remains with overlap, at the start or at the finish. `with` and `without` are the seconds of a step with and without
+overlap.
 """
 
 import argparse
@@ -21,11 +23,12 @@ from trainer.fault_tolerance.launcher import exit_now
 from trainer.machine import keep_freed_memory
 
 VOCAB = 64
+WARM_UP_STEPS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=64, help="of 128 tokens each: 8,192 a rank")
+    parser.add_argument("--rows", type=int, default=64, help="rows of 128 tokens for each rank (64: 8,192 tokens)")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=1)
@@ -42,51 +45,60 @@ def main() -> None:
     model = build_model(config, VOCAB, 0, cpu, torch.float32, mesh.make_mesh(degrees, cpu))
     exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE) and isinstance(m.exchange, Exchange)]
     start, finish = _Leg.start, _Leg.finish
-    told: dict[str, dict[str, list[float]]] = {}
-    begun: dict[int, tuple[str, float, float]] = {}
+    measured: dict[str, dict[str, list[float]]] = {}
+    started: dict[int, tuple[str, float, float]] = {}  # by id: name, and the times before and after the start
 
     def timed_start(leg: _Leg, rows: torch.Tensor, reverse: bool = False) -> None:
         before = time.perf_counter()
         start(leg, rows, reverse)
         after = time.perf_counter()
-        begun[id(leg)] = ("backward " if reverse else "") + leg.name, before, after
+        started[id(leg)] = ("backward " if reverse else "") + leg.name, before, after
 
     def timed_finish(leg: _Leg) -> torch.Tensor:
-        name, before, after = begun.pop(id(leg))
+        name, before, after = started.pop(id(leg))
         now = time.perf_counter()
         rows = finish(leg)
         end = time.perf_counter()
-        way = told.setdefault(name, {"transfer": [], "beside": [], "exposed": []})
+        times = measured.setdefault(name, {"transfer": [], "beside": [], "exposed": []})
         if leg.overlap:
-            way["beside"].append(now - after)
-            way["exposed"].append(after - before + end - now)
+            times["beside"].append(now - after)
+            times["exposed"].append(after - before + end - now)
         else:
-            way["transfer"].append(after - before)
+            times["transfer"].append(after - before)
         return rows
 
     setattr(_Leg, "start", timed_start)  # noqa: B010
     setattr(_Leg, "finish", timed_finish)  # noqa: B010
     tokens = torch.randint(0, VOCAB, (args.rows, 128), generator=torch.Generator().manual_seed(world.rank))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(2 * args.steps + 2):
+    seconds_with: list[float] = []
+    seconds_without: list[float] = []
+    for number in range(2 * args.steps + WARM_UP_STEPS):
+        overlap = number % 2 == 0
         for exchange in exchanges:
-            exchange.overlap = number % 2 == 0
-        began = time.perf_counter()
-        fsdp.reduce_gradients(model, True)
+            exchange.overlap = overlap
+        start_of_step = time.perf_counter()
+        fsdp.set_gradient_sync(model, True)
         output = model(tokens, tokens)
         assert output.loss is not None
         output.loss.backward()
         for p in model.parameters():
             p.grad = None
-        if number >= 2:
-            seconds[number % 2 == 0].append(time.perf_counter() - began)
+        seconds = time.perf_counter() - start_of_step
+        if number < WARM_UP_STEPS:
+            measured.clear()
+        elif overlap:
+            seconds_with.append(seconds)
         else:
-            told.clear()  # warming up
-    legs = {name: {k: statistics.median(v) for k, v in way.items()} for name, way in told.items()}
-    steps = {"with": statistics.median(seconds[True]), "without": statistics.median(seconds[False])}
+            seconds_without.append(seconds)
+    legs = {name: _medians(times) for name, times in measured.items()}
+    steps = {"with": statistics.median(seconds_with), "without": statistics.median(seconds_without)}
     print(json.dumps({"legs": legs, **steps}))
     rendezvous.disconnect()
-    exit_now(0)  # Python would take itself apart under gloo's threads, and may abort
+    exit_now(0)  # a normal exit frees Python's objects while gloo's threads still run, and may abort
+
+
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def _machines(folder: Path, stack: contextlib.ExitStack) -> list[Machine]:
     """Two network namespaces with separate host names; if they cannot be created, twice this host."""
     try:
         spaces = stack.enter_context(hosts.two_hosts())
-    except hosts.NoHosts:
+    except hosts.NamespacesUnavailable:
         return 2 * [Machine(socket.gethostname().partition(".")[0], "127.0.0.1", [])]
     # The mount over /sys/fs/cgroup hides the cgroups of this host, which slurmd would use.
     mounts = 'mount --bind "$2" /etc/hosts && mount -t tmpfs none /sys/fs/cgroup'

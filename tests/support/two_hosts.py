@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a link between them, and torch ranks on them."""
+"""Two simulated hosts on one machine: network namespaces, a link between them, and one rank on each."""
 
 import contextlib
 import os
@@ -11,22 +11,25 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT = 29400
 
 
-class NoHosts(Exception):
-    """Namespaces cannot be made here: why."""
+class NamespacesUnavailable(Exception):
+    """Network namespaces cannot be created on this machine. The message says why."""
 
 
-def _call(*words: str) -> None:
+def _call(*command: str) -> None:
     try:
-        result = subprocess.run(words, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        raise NoHosts(f"the command {words[0]} (Debian: iproute2) is not installed") from None
+        raise NamespacesUnavailable(f"the command {command[0]} (Debian: iproute2) is not installed") from None
     if result.returncode:
-        raise NoHosts(f"{' '.join(words)}: {result.stderr.strip()}")
+        raise NamespacesUnavailable(f"{' '.join(command)}: {result.stderr.strip()}")
 
 
 @contextlib.contextmanager
 def two_hosts(rate: str | None = None) -> Iterator[list[str]]:
-    """Names of two namespaces whose link takes `rate` (as of tc: 400mbit; None: all) each way. Raises NoHosts."""
+    """The names of two namespaces, removed at the end. Raises NamespacesUnavailable.
+
+    `rate` limits the link in each direction, as `tc` writes it (400mbit); None leaves it unlimited.
+    """
     names = [f"scout-{os.getpid()}-{i}" for i in (0, 1)]
     links = [f"sc{os.getpid() % 100000}-{i}" for i in (0, 1)]
     try:
@@ -35,34 +38,47 @@ def two_hosts(rate: str | None = None) -> Iterator[list[str]]:
         _call("ip", "link", "add", links[0], "type", "veth", "peer", "name", links[1])
         for i, (name, link) in enumerate(zip(names, links, strict=True)):
             _call("ip", "link", "set", link, "netns", name, "name", "veth0")
-            inside = ("ip", "netns", "exec", name)
-            _call(*inside, "ip", "addr", "add", f"10.77.0.{i + 1}/24", "dev", "veth0")
-            _call(*inside, "ip", "link", "set", "veth0", "up")
-            _call(*inside, "ip", "link", "set", "lo", "up")
+            in_namespace = ("ip", "netns", "exec", name)
+            _call(*in_namespace, "ip", "addr", "add", f"10.77.0.{i + 1}/24", "dev", "veth0")
+            _call(*in_namespace, "ip", "link", "set", "veth0", "up")
+            _call(*in_namespace, "ip", "link", "set", "lo", "up")
             if rate is not None:
-                shape = ("rate", rate, "burst", "256kb", "latency", "500ms")
-                _call(*inside, "tc", "qdisc", "add", "dev", "veth0", "root", "tbf", *shape)
+                limits = ("rate", rate, "burst", "256kb", "latency", "500ms")
+                _call(*in_namespace, "tc", "qdisc", "add", "dev", "veth0", "root", "tbf", *limits)
         yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def run(hosts: list[str], module: str, *words: str, timeout: float = 120) -> list[str]:
-    """stdout of `python -m module words`, one rank with one thread on each host."""
-    ranks = []
-    for number, host in enumerate(hosts):
-        place = {"RANK": number, "WORLD_SIZE": len(hosts), "MASTER_PORT": PORT, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        env = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "veth0", "OMP_NUM_THREADS": "1"}
-        env |= {name: str(value) for name, value in place.items()}
-        command = ["ip", "netns", "exec", host, sys.executable, "-m", module, *words]
-        pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=pipe, stderr=pipe, text=True))
+def run(hosts: list[str], module: str, *arguments: str, timeout: float = 120) -> list[str]:
+    """Run `python -m module arguments` as one rank with one thread on each host. Returns the ranks' stdout."""
+    processes = []
+    for rank, host in enumerate(hosts):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(hosts)),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": str(PORT),
+            "GLOO_SOCKET_IFNAME": "veth0",
+            "OMP_NUM_THREADS": "1",
+        }
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
     try:
-        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, err) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, err
-    return [out for out, _ in outputs]
+        for process in processes:
+            process.kill()
+    for process, (_, stderr) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, stderr
+    return [stdout for stdout, _ in outputs]

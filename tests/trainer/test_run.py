@@ -225,7 +225,7 @@ def test_plan_names_a_better_expert_degree(corpus_dir, tmp_path, monkeypatch, ca
     print_plan(cases.config(corpus_dir, tmp_path, "parallel.expert=4"))
     out = capsys.readouterr().out
     assert "experts     5 over 4 ranks, 2 slots per rank (60% more than needed)" in out
-    assert out.count("parallel.expert=1 would waste 0%") == 1
+    assert out.count("set parallel.expert=1 to reduce this to 0%") == 1
 
 
 def test_checkpoints_hold_logical_shapes_and_no_pickle(pool, corpus_dir, tmp_path):

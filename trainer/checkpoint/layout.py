@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 
 from parallel import collectives
-from parallel.fsdp import local
+from parallel.fsdp import to_local
 from trainer.checkpoint import block_io
 from trainer.checkpoint.block_io import BLOCK_BYTES, Damaged, FileChecksums, ThreadBuffers, WorkItems
 from trainer.safetensors_header import DTYPE_CODES, Header, TensorEntry, make_header
@@ -112,7 +112,7 @@ class ShardSource:
         self._starts = [0, *plan.starts.values()]
         self._parts = [torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)]
         for name in plan.starts:
-            part = local(tensors[name])
+            part = to_local(tensors[name])
             assert part.is_contiguous(), name  # otherwise its bytes would be those of a copy
             self._parts.append(part.reshape(-1).view(torch.uint8))
         self.device = self._parts[-1].device

@@ -18,7 +18,7 @@ from data.settings import UserError, check, dump, read
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from parallel.fsdp import window
+from parallel.fsdp import to_local_with_window
 from trainer import machine
 from trainer.checkpoint.folder import TOKENIZER, resolve_checkpoint
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint
@@ -96,7 +96,9 @@ class HFCheckpoint:
         """Copy the weights into a model of these shapes, on any mesh: each rank reads the part that it holds."""
         live = checkpoint_tensors(model)
         for name, slices in groupby(tensor_slices(self.model, self.vocab_size), key=lambda part: part.name):
-            local, ((first, stop), *other_dims) = window(live[name])  # this rank holds the rows `first` up to `stop`
+            local, ((first, stop), *other_dims) = to_local_with_window(
+                live[name]
+            )  # this rank holds the rows `first` up to `stop`
             for part in slices:
                 start, end = max(first, part.start), min(stop, part.stop)  # of these, the rows of the slice
                 if start >= end or not local.numel():

@@ -1,4 +1,4 @@
-"""`python -m tests.gpu.check`: names a package that is missing in one line; the rest is in `cli`."""
+"""`python -m tests.gpu.check`: prints one line if a package is missing, and otherwise calls `cli`."""
 
 import sys
 
@@ -7,7 +7,7 @@ def main() -> int:
     try:
         from tests.gpu.check import cli
     except ModuleNotFoundError as error:
-        print(f"gpu: {sys.executable} has no {error.name}; name a Python that has it by PYTHON=", file=sys.stderr)
+        print(f"gpu: {sys.executable} has no package {error.name}; set PYTHON to a Python that has it", file=sys.stderr)
         return 2
     try:
         return cli.main()

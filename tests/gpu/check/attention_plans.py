@@ -1,6 +1,7 @@
-"""A new shape with each call, as in generation and evaluation: what a plan of cuDNN's attention costs.
+"""What cuDNN's attention costs if each call has a new shape, as in generation and evaluation.
 
-Where cuDNN takes much longer a shape than the others, evaluation and samples must do without it.
+cuDNN makes a plan for each new shape. If that takes much longer than the other kernels need for a shape, evaluation and
+samples must disable cuDNN.
 """
 
 import time
@@ -19,24 +20,23 @@ HEADS, HEAD_DIM = 8, 96
 
 
 def run(check: Check) -> None:
-    for on in (True, False):
-        name = "with cuDNN" if on else "without cuDNN"
-        check.case(name, partial(_measure, check, name, on))
+    check.case("with cuDNN", partial(_measure, check, "with cuDNN", True))
+    check.case("without cuDNN", partial(_measure, check, "without cuDNN", False))
 
 
-def _measure(check: Check, name: str, on: bool) -> None:
-    with cudnn_attention(on):
+def _measure(check: Check, name: str, enabled: bool) -> None:
+    with cudnn_attention(enabled):
         check.report.measure(
             name,
             allowed=int(torch.backends.cuda.cudnn_sdp_enabled()),
-            ms_a_query=_ms_a_shape(check.device, lambda length: 1),
-            ms_a_row=_ms_a_shape(check.device, lambda length: length),
+            ms_a_query=_ms_per_shape(check.device, lambda length: 1),
+            ms_a_row=_ms_per_shape(check.device, lambda length: length),
         )
 
 
-def _ms_a_shape(device: torch.device, queries: Callable[[int], int]) -> float:
-    """Milliseconds of one forward, on average over shapes that were not seen before."""
-    _attend(device, queries(299), 299)  # the first call ever loads the library
+def _ms_per_shape(device: torch.device, queries: Callable[[int], int]) -> float:
+    """Mean milliseconds of one forward over SHAPES new shapes; `queries` gives the number of queries for a length."""
+    _attend(device, queries(299), 299)  # the first call loads the library
     synchronize(device)
     start = time.perf_counter()
     for length in range(300, 300 + SHAPES):

@@ -1,8 +1,8 @@
-"""`make gpu`: the check of a machine with a GPU, in nine minutes at most.
+"""`make gpu`: checks a machine with a GPU, in nine minutes at most.
 
     python -m tests.gpu.check [--part NAME ...] [--list] [--budget SECONDS] [--out FOLDER] [--ranks N]
 
-Exit code 0: every part is ok or was skipped; 1: a part failed; 2: there is no CUDA device, or the command is wrong.
+Exit code 0: every part is ok or was skipped. 1: a part failed. 2: there is no CUDA device, or an argument is wrong.
 """
 
 import argparse
@@ -38,31 +38,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tests.gpu.check", description="Check a machine with a GPU.")
-    parser.add_argument("--part", nargs="+", choices=PARTS, metavar="NAME", help="these parts alone (see --list)")
-    parser.add_argument("--list", action="store_true", help="name the parts and end")
-    parser.add_argument("--budget", type=float, default=520, help="seconds in all (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder of the results (%(default)s)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a check of the check itself")
-    parser.add_argument("--ranks", type=int, default=1, help="GPUs of the part `ranks`, which alone runs if above 1")
+    parser.add_argument("--part", nargs="+", choices=PARTS, metavar="NAME", help="run only these parts (see --list)")
+    parser.add_argument("--list", action="store_true", help="print the parts and exit")
+    parser.add_argument("--budget", type=float, default=520, help="seconds for all parts (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder for the results (%(default)s)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: check the check itself")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs for the part `ranks`; above 1, only this part runs")
     return parser
 
 
 def chosen_parts(names: Sequence[str] | None, ranks: int) -> list[Part]:
-    """The parts that were named, in the usual order; else those that suit one GPU, or `ranks` if there are several."""
-    if names:
-        return [part for name, part in PARTS.items() if name in names]
-    several = ("machine", "ranks")
-    return [part for name, part in PARTS.items() if (name in several if ranks > 1 else name != "ranks")]
+    """The parts with these names, in the order of PARTS. Without names: those for one GPU, or those for several."""
+    if not names and ranks > 1:
+        names = ("machine", "ranks")
+    elif not names:
+        names = [name for name in PARTS if name != "ranks"]
+    return [part for name, part in PARTS.items() if name in names]
 
 
 def why_no_cuda() -> str | None:
-    """Asked of another process: one that used CUDA could not be forked from."""
-    ask = [sys.executable, "-W", "ignore", "-m", "tests.gpu.check.machine"]
-    asked = subprocess.run(ask, capture_output=True, text=True)
-    if asked.returncode == 0:
+    """Why torch sees no CUDA device, in one line; None if it sees one.
+
+    Another process looks, because a process that has used CUDA must not fork.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.check.machine"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
         return None
-    lines = (asked.stdout.strip() or asked.stderr.strip() or "torch could not be asked for a device").splitlines()
-    return lines[-1]
+    output = result.stdout.strip() or result.stderr.strip() or "the search for a CUDA device failed without a message"
+    return output.splitlines()[-1]
 
 
 def finish(options: Options, parts: Sequence[str]) -> int:
@@ -77,8 +81,8 @@ def finish(options: Options, parts: Sequence[str]) -> int:
 
 
 def title(records: Sequence[Record]) -> str:
-    """What was measured, with what, and when."""
-    found = next((r.figures for r in records if r.part == "machine"), {})
-    device = found.get("device", "CPU")
+    """The heading of the tables: the device, the version of torch, and the date."""
+    figures = next((r.figures for r in records if r.part == "machine"), {})
+    device = figures.get("device", "CPU")
     day = datetime.date.today().isoformat()
     return f"### {device}, torch {torch.__version__}, {day} (`make gpu`)"

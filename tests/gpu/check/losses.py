@@ -1,4 +1,4 @@
-"""The built-in loss and Liger's against the full logits in fp64: value, gradients, time."""
+"""Compares the built-in loss and Liger's loss with full logits in fp64 (value and gradients), and measures the time."""
 
 import math
 from functools import partial
@@ -8,16 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.gpu.check import project
-from tests.gpu.check.compare import milliseconds, relative, relative_change
+from tests.gpu.check.compare import milliseconds, relative_change, relative_error
 from tests.gpu.check.report import Limit, at_most
 from tests.gpu.check.runner import Check
 
-# Logits come from products in bf16 that are summed in fp32 and rounded to bf16: 2^-9 of a logit of about 4 at most,
-# which averages out in a sum over thousands of tokens. Gradients are rounded to bf16 twice, as probabilities and as
-# results; errors of a softmax's 2^-9 times its logits come on top.
+# Logits are products in bf16, summed in fp32 and rounded to bf16: the error is at most 2^-9 of a logit, which is about
+# 4, and averages out in a sum over thousands of tokens. Gradients are rounded to bf16 twice, as probabilities and as
+# results; the softmax adds an error of 2^-9 times its logits.
 LIMITS: dict[str, Limit] = {"loss": at_most(1e-3), "to_hidden": at_most(0.02), "to_weight": at_most(0.02)}
-ABOVE_A_GUESS = (0.0, 1.0)  # of the reference's loss a token over log(vocabulary): logits are random and small
-DOWNSTREAM = 1e-3  # what the loss is multiplied by, as by one over the number of tokens in training
+# By how much the reference's loss per token may exceed log(vocabulary), the loss of a uniform guess: the logits are
+# random and small.
+ABOVE_UNIFORM_LOSS: Limit = (0.0, 1.0)
+LOSS_FACTOR = 1e-3  # the loss is multiplied by it, as training divides the loss by the number of tokens
 
 
 def run(check: Check) -> None:
@@ -30,9 +32,11 @@ def run(check: Check) -> None:
     counted = int((targets != project.IGNORE).sum())
     targets = targets.to(check.device)
     expected = _results(_reference, hidden.double(), weight.double(), targets)
-    guess, (low, high) = math.log(vocab), ABOVE_A_GUESS
-    a_token = float(expected[0]) / counted  # that the device computes fp64 is not to be taken for granted either
-    check.report.check("reference", {"loss_a_token": (guess + low, guess + high)}, loss_a_token=a_token)
+    uniform_loss = math.log(vocab)
+    low, high = ABOVE_UNIFORM_LOSS
+    # The reference is checked, too, because the device's fp64 could be wrong.
+    per_token = float(expected[0]) / counted
+    check.report.check("reference", {"loss_a_token": (uniform_loss + low, uniform_loss + high)}, loss_a_token=per_token)
     liger, why = project.liger_loss(check.device)
     for name, loss in (("built-in", project.linear_cross_entropy), ("Liger", liger)):
         if loss is None:
@@ -51,8 +55,8 @@ def _check(
     value, to_hidden, to_weight = _results(loss, *inputs)
     figures = {
         "loss": relative_change(float(value), float(expected[0])),
-        "to_hidden": relative(to_hidden, expected[1]),
-        "to_weight": relative(to_weight, expected[2]),
+        "to_hidden": relative_error(to_hidden, expected[1]),
+        "to_weight": relative_error(to_weight, expected[2]),
         "ms": milliseconds(lambda: _results(loss, *inputs), check.device, 5),
     }
     check.report.check(name, LIMITS, **figures)
@@ -61,7 +65,7 @@ def _check(
 def _results(loss: project.Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     value = loss(hidden, weight, targets)
-    (value * DOWNSTREAM).backward()
+    (value * LOSS_FACTOR).backward()
     assert hidden.grad is not None and weight.grad is not None
     return value.detach(), hidden.grad, weight.grad
 

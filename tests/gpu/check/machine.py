@@ -1,4 +1,4 @@
-"""What this machine is: the first lines of every report of a fault."""
+"""Describes this machine: a report of a fault starts with these lines."""
 
 import os
 import platform
@@ -45,9 +45,10 @@ def _gpu(device: torch.device) -> dict[str, object]:
 
 
 def why_no_cuda() -> str | None:
-    """Why torch sees no CUDA device, in one line; None if it sees one. It uses CUDA: do not call it before a fork."""
+    """Why torch sees no CUDA device, in one line; None if it sees one. It initializes CUDA: do not fork afterwards."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA; install a CUDA build, or name another by PYTHON="
+        fix = "install a CUDA build, or set PYTHON to a Python that has one"
+        return f"torch {torch.__version__} was built without CUDA; {fix}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all devices; unset it"
     try:
@@ -61,6 +62,7 @@ def why_no_cuda() -> str | None:
 
 
 def driver_version() -> str | None:
+    """The version of the NVIDIA driver; None if there is no driver."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -74,7 +76,7 @@ def driver_version() -> str | None:
 
 
 def _compiler() -> str:
-    """The C and C++ compilers and Python's header, which Triton and torch.compile need to build their launchers."""
+    """A text on the C and C++ compilers and Python's header: Triton and torch.compile need them to build launchers."""
     c = shutil.which(os.environ.get("CC", "")) or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     cxx = shutil.which(os.environ.get("CXX", "g++"))
     header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
@@ -88,7 +90,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-if __name__ == "__main__":  # asked in a process of its own, so that the caller does not use CUDA
+if __name__ == "__main__":  # cli.py runs this in another process, so that it does not initialize CUDA itself
     why = why_no_cuda()
     print(why or "")
     sys.exit(2 if why else 0)

@@ -1,6 +1,6 @@
-"""The model on the device against the model on the CPU in fp32: loss, every gradient, and the experts chosen.
+"""Compares the model on the device with the model on the CPU in fp32: the loss, every gradient, the chosen experts.
 
-The initial weights and the dropout masks are the same on both, so what differs is rounding, and a fault of a kernel.
+Initial weights and dropout masks are the same on both, so only rounding and faults of kernels make a difference.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,13 @@ from typing import NamedTuple
 import torch
 
 from tests.gpu.check import project
-from tests.gpu.check.compare import gain, median, poison_memory, relative_change, worst
+from tests.gpu.check.compare import (
+    gain_error,
+    median_relative_error,
+    poison_memory,
+    relative_change,
+    worst_relative_error,
+)
 from tests.gpu.check.project import Batch, StepNumbers
 from tests.gpu.check.report import Limit, at_most
 from tests.gpu.check.runner import Check
@@ -19,7 +25,9 @@ VOCAB = 512
 
 
 class Case(NamedTuple):
-    words: list[str]
+    """Settings on top of launch/tiny.yaml, and whether rows consist of several documents."""
+
+    settings: list[str]
     documents: bool = False
 
 
@@ -33,16 +41,19 @@ CASES = {
 
 
 class Variant(NamedTuple):
-    """How the same step may be computed otherwise, and how far it may be from the plain one on the same device."""
+    """Another way to compute the same step, and limits for its difference from the plain step on the same device."""
 
     recompute: str
-    compiled: bool
+    compile: bool
     limits: dict[str, Limit]
 
 
 def _limits(loss: float, worst: float, median: float, gain: float, moved: int) -> dict[str, Limit]:
-    """loss: relative change; worst, median: of the gradients' relative errors; gain: see `compare`; moved: tokens that
-    went to another expert, over all layers."""
+    """Upper limits of the figures that `judge` records.
+
+    loss: relative change. worst, median: of the gradients' relative errors. gain: see `compare.gain_error`. moved: the
+    number of tokens that chose another expert, over all layers.
+    """
     return {
         "loss": at_most(loss),
         "worst": at_most(worst),
@@ -52,25 +63,26 @@ def _limits(loss: float, worst: float, median: float, gain: float, moved: int) -
     }
 
 
-# Against the CPU in fp32. A rounded router's input can change which of two near experts is chosen, which moves a whole
-# row of gradients: so the worst tensor may be further off than rounding alone. Measured on a CPU with the same cases,
-# bf16: loss 1.7e-4, worst 0.23 (a router), median 0.047, gain 0.0016, moved 18 of 2,136;
-# fp16: 8.5e-6, 0.051, 0.0099, 1.4e-4, 2. The limits are about three times that.
+# Limits for the difference from the CPU in fp32. If the router's input is rounded, another one of two near experts may
+# be chosen, which moves a whole row of gradients. So the error of the worst tensor may exceed that of rounding alone.
+# Measured on a CPU with the same cases, bf16: loss 1.7e-4, worst 0.23 (a router), median 0.047, gain 0.0016, moved 18
+# of 2,136; fp16: 8.5e-6, 0.051, 0.0099, 1.4e-4, 2. The limits are about three times these values.
 LIMITS: dict[torch.dtype, dict[str, Limit]] = {
-    # Both in fp32: sums in another order, about 1e-6, and a hundred times that where terms cancel. No choice changes.
+    # Both in fp32: sums in another order differ by about 1e-6, and by a hundred times that if terms cancel. No choice
+    # changes.
     torch.float32: _limits(loss=1e-5, worst=1e-3, median=1e-4, gain=1e-5, moved=0),
     torch.bfloat16: _limits(loss=6e-4, worst=0.6, median=0.13, gain=0.006, moved=60),
     torch.float16: _limits(loss=5e-5, worst=0.15, median=0.03, gain=0.001, moved=10),
 }
-# The same kernels run again on the same inputs and choose the same experts; only sums by atomic additions (the
-# backward of fused attention) come in another order, and then are rounded to bf16.
-AGAIN = _limits(loss=1e-6, worst=0.02, median=0.01, gain=1e-3, moved=0)
-# A fused kernel rounds fewer intermediate results: as far from the plain one as bf16 is from fp32.
-FUSED = LIMITS[torch.bfloat16]
+# The same kernels run with the same inputs and choose the same experts. Only atomic additions (in the backward of fused
+# attention) add in another order, and their sums are then rounded to bf16.
+SAME_KERNELS = _limits(loss=1e-6, worst=0.02, median=0.01, gain=1e-3, moved=0)
+# A fused kernel rounds fewer intermediate results: it differs from the plain kernels as much as bf16 from fp32.
+FUSED_KERNELS = LIMITS[torch.bfloat16]
 VARIANTS = {
-    "recompute=selective": Variant("selective", False, AGAIN),
-    "recompute=full": Variant("full", False, AGAIN),
-    "compile": Variant("none", True, FUSED),
+    "recompute=selective": Variant("selective", False, SAME_KERNELS),
+    "recompute=full": Variant("full", False, SAME_KERNELS),
+    "compile": Variant("none", True, FUSED_KERNELS),
 }
 
 
@@ -89,26 +101,27 @@ def check_case(check: Check, name: str, dtypes: Sequence[torch.dtype] = tuple(LI
         judge(check, label, found, reference, LIMITS[dtype])
     if plain is not None:
         for label, variant in VARIANTS.items():
-            if variant.compiled and not check.on_gpu:
-                continue  # compiled for a CPU it takes a minute, and tests/parallel has it
+            if variant.compile and not check.on_gpu:
+                continue  # compiling for a CPU needs a minute, and tests/parallel covers it
             check.case(f"{name}, {label}", partial(_check_variant, check, name, label, variant, plain))
 
 
 def _check_variant(check: Check, name: str, label: str, variant: Variant, plain: StepNumbers) -> None:
-    found = numbers(CASES[name], check.device, torch.bfloat16, variant.recompute, variant.compiled)
+    found = numbers(CASES[name], check.device, torch.bfloat16, variant.recompute, variant.compile)
     judge(check, f"{name}, bfloat16, {label}", found, plain, variant.limits)
 
 
 def judge(check: Check, label: str, found: StepNumbers, reference: StepNumbers, limits: dict[str, Limit]) -> bool:
-    off, tensor = worst(found.gradients, reference.gradients)
+    """Record a case: how far loss, gradients and loads are from the reference. Returns whether they pass the limits."""
+    worst, tensor = worst_relative_error(found.gradients, reference.gradients)
     return check.report.check(
         label,
         limits,
         loss=relative_change(found.loss, reference.loss),
-        worst=off,
+        worst=worst,
         tensor=tensor,
-        median=median(found.gradients, reference.gradients),
-        gain=gain(found.gradients, reference.gradients),
+        median=median_relative_error(found.gradients, reference.gradients),
+        gain=gain_error(found.gradients, reference.gradients),
         moved=int((found.loads - reference.loads).abs().sum()) // 2,
     )
 
@@ -118,18 +131,18 @@ def numbers(
     device: torch.device,
     dtype: torch.dtype,
     recompute: str = "none",
-    compiled: bool = False,
+    compile: bool = False,
     mesh: project.Mesh | None = None,
 ) -> StepNumbers:
     """Loss, gradients and loads of one step of launch/tiny.yaml's model."""
-    config = project.read_config(project.TINY, case.words)
-    model = project.build_model(config, VOCAB, device, dtype, mesh, recompute, compiled)
+    config = project.read_config(project.TINY, case.settings)
+    model = project.build_model(config, VOCAB, device, dtype, mesh, recompute, compile)
     poison_memory(device)
     return project.step_numbers(model, config, batch(case.documents).to(device))
 
 
 def batch(documents: bool) -> Batch:
-    """Four rows of 256 tokens, with targets that do not count and one whole row of them."""
+    """Four rows of 256 tokens. Some targets are ignored, in the last row all of them."""
     rows, length = 4, 256
     tokens = torch.randint(0, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(1))
     targets = tokens[:, 1:].clone()
@@ -139,5 +152,5 @@ def batch(documents: bool) -> Batch:
     if not documents:
         return Batch(tokens[:, :-1].contiguous(), targets, keys)
     lengths = torch.tensor([37, 64, 100, length])[:, None]
-    places = torch.arange(length)[None]
-    return Batch(tokens[:, :-1].contiguous(), targets, keys, places % lengths, places // lengths)
+    positions = torch.arange(length)[None]
+    return Batch(tokens[:, :-1].contiguous(), targets, keys, positions % lengths, positions // lengths)

@@ -1,4 +1,4 @@
-"""trainer.main, and then the allocator's peak as one JSON object on the last line of stdout."""
+"""Runs trainer.main, then prints the allocator's peak as one JSON object, the last line of stdout."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""All that the check uses of the project's internals, in one place, so that a change there is followed here alone."""
+"""Everything that the check uses of the project's internals. If they change, only this file must be adapted."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Batch:
 
     tokens: Tensor  # (B, S)
     targets: Tensor  # (B, S)
-    keys: Tensor  # (B,): of the random numbers
+    keys: Tensor  # (B,): keys of the random numbers
     positions: Tensor | None = None  # (B, S)
     documents: Tensor | None = None  # (B, S)
 
@@ -73,9 +73,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What forward and backward of one micro-batch gave, on the CPU."""
+    """The results of forward and backward of one micro-batch, on the CPU."""
 
-    loss: float  # summed over targets
+    loss: float  # sum over the targets
     gradients: dict[str, Tensor]  # fp32
     loads: Tensor  # (layers, E)
 
@@ -87,89 +87,101 @@ def build_model(
     dtype: torch.dtype,
     mesh: Mesh | None = None,
     recompute: str | None = None,
-    compiled: bool | None = None,
+    compile: bool | None = None,
     exact_weights: bool = True,
 ) -> Transformer:
-    """The model of a run, in training mode.
+    """The model of a run, in training mode. `recompute` and `compile` are those of the config if they are None.
 
-    exact_weights=False fills it on the device instead of drawing the run's own weights, which takes a CPU many seconds
-    for a large model.
+    exact_weights=False draws weights on the device instead of the run's own weights: a CPU needs many seconds to draw
+    those of a large model.
     """
-    again = config.train.recompute if recompute is None else recompute
-    compiled = machine.choose_compile(config.train.compile, device)[0] if compiled is None else compiled
+    if recompute is None:
+        recompute = config.train.recompute
+    if compile is None:
+        compile, _ = machine.choose_compile(config.train.compile, device)
 
-    def build() -> Transformer:
-        return parallel.build.build_model(
-            config.model, vocab_size, config.train.seed, device, dtype, mesh, config.parallel.overlap, again, compiled
+    drawing: AbstractContextManager[Any] = nullcontext()
+    if not exact_weights:
+        drawing = patch.object(Transformer, "init_weights", _draw_on_device)
+    with drawing:
+        model = parallel.build.build_model(
+            config.model,
+            vocab_size,
+            config.train.seed,
+            device,
+            dtype,
+            mesh,
+            config.parallel.overlap,
+            recompute,
+            compile,
         )
-
-    if exact_weights:
-        model = build()
-    else:
-        with patch.object(Transformer, "init_weights", _fill):
-            model = build()
     model.train()
     return model
 
 
 @torch.no_grad()
-def _fill(model: Transformer, *_: Any) -> None:
+def _draw_on_device(model: Transformer, *_: Any) -> None:
+    """Takes the place of Transformer.init_weights."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         std = model.initial_std(name)
-        part = fsdp.local(parameter)
-        part.normal_(0, std) if std else part.fill_(1)
+        part = fsdp.to_local(parameter)
+        if std:
+            part.normal_(0, std)
+        else:
+            part.fill_(1)
     for buffer in model.buffers():
         buffer.zero_()
 
 
 def use_loss(model: Transformer, loss: Loss | None) -> None:
-    """Compute the loss by another function; None leaves the model's own."""
-    model.head.loss = loss or model.head.loss
+    """Compute the loss with another function; None keeps the model's own."""
+    if loss is not None:
+        model.head.loss = loss
 
 
 def liger_loss(device: torch.device) -> tuple[Loss | None, str | None]:
-    """Liger's loss; or None, and why it cannot be used."""
+    """Liger's loss and None; or None and the reason why it cannot be used."""
     return machine.choose_loss(True, device)
 
 
 def forward(model: Transformer, config: Config, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What training takes the gradient of, summed over the targets; and the experts' loads (layers, E)."""
-    random = config.model.dropout > 0 or config.model.noisy_top_k
-    keys = site_keys(batch.keys, config.model.n_layers) if random else None
+    """The loss that training differentiates, as a sum over the targets; and the experts' loads (layers, E)."""
+    needs_random_numbers = config.model.dropout > 0 or config.model.noisy_top_k
+    keys = site_keys(batch.keys, config.model.n_layers) if needs_random_numbers else None
     output = model(batch.tokens, batch.targets, batch.positions, batch.documents, keys)
     assert output.loss is not None
     return output.loss + output.penalty, output.loads
 
 
 def step_numbers(model: Transformer, config: Config, batch: Batch) -> StepNumbers:
-    """Forward and backward of one micro-batch; gradients are those of the loss over the number of tokens."""
+    """Forward and backward of one micro-batch. Gradients are those of the loss divided by the number of tokens."""
     loss, loads = forward(model, config, batch)
     (loss / batch.tokens.numel()).backward()
     return StepNumbers(float(loss.detach()), gradients(model), loads.cpu())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """All gradients, whole, in fp32 on the CPU."""
+    """All gradients in full, in fp32 on the CPU."""
     found = {}
     for name, parameter in model.named_parameters():
         if (grad := parameter.grad) is not None:
-            whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-            found[name] = whole.detach().float().cpu()
+            full = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            found[name] = full.detach().float().cpu()
     return found
 
 
-def reduce_now(model: Transformer, now: bool) -> None:
-    """Whether the next backward reduces its gradients over the ranks."""
-    fsdp.reduce_gradients(model, now)
+def set_gradient_sync(model: Transformer, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks."""
+    fsdp.set_gradient_sync(model, enabled)
 
 
 def finish_step(
     model: Transformer, optimizer: torch.optim.Optimizer, config: Config, loss: Tensor
 ) -> tuple[float, float]:
-    """What follows the backward: one message for loss and norm, the clip, the optimizer.
+    """The part of a step after the backward: one message for loss and norm, the gradient clipping, the optimizer.
 
-    `loss` is the sum of this rank's mean losses of its micro-batches. Returns the mean over all ranks and the norm.
+    `loss` is the sum of the mean losses of this rank's micro-batches. Returns its mean over all ranks, and the norm.
     """
     reduction.sum_replicated(model)
     parts = reduction.local_gradients(model)
@@ -191,16 +203,17 @@ def largest_over_ranks(value: float, device: torch.device) -> float:
     return float(number)
 
 
-def train(words: Sequence[str]) -> int:
-    """trainer.main in this process. Returns its exit code."""
-    return trainer_main.main(words)
+def train(arguments: Sequence[str]) -> int:
+    """Run trainer.main in this process. Returns its exit code."""
+    return trainer_main.main(arguments)
 
 
 @contextmanager
 def one_rank_world(device: torch.device, port: int = 29511) -> Iterator[Mesh]:
     """A world of one rank with the meshes of FSDP2 and of the experts, over NCCL on CUDA.
 
-    A run of one process is not wrapped; here it is, so that one GPU shows what several would do.
+    The trainer does not apply FSDP in a run of one process. Here it is applied, so that one GPU runs the same code as
+    several.
     """
     cuda = device.type == "cuda"
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -218,11 +231,11 @@ def one_rank_world(device: torch.device, port: int = 29511) -> Iterator[Mesh]:
 
 @contextmanager
 def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degrees, Mesh | None]]:
-    """This process among those that torchrun started, connected and laid out as `config` says."""
+    """This process's place among those that torchrun started, connected to them, with the meshes of `config`."""
     world = World.from_environment()
     device = devices.choose_device(config.run.device, world)
     p = config.parallel
-    degrees = meshes.degrees(world, config.model, p.replicate, p.shard, p.expert)
+    degrees = meshes.resolve_degrees(world, config.model, p.replicate, p.shard, p.expert)
     rendezvous.connect(world, device, 120)
     try:
         yield world, device, degrees, meshes.make_mesh(degrees, device)
@@ -231,19 +244,19 @@ def world_of_ranks(config: Config) -> Iterator[tuple[World, torch.device, Degree
 
 
 def expert_degree(config: Config, ranks: int, expert: int | str) -> int:
-    """The degree that parallel.expert=`expert` stands for on `ranks` processes of one machine. Raises MeshError."""
+    """The degree that parallel.expert=`expert` means for `ranks` processes on one machine. Raises MeshError."""
     world = World(0, ranks, 0, ranks)
-    return meshes.degrees(world, config.model, 1, "auto", expert).expert
+    return meshes.resolve_degrees(world, config.model, 1, "auto", expert).expert
 
 
 def flops(config: Config, vocab_size: int, rows: int) -> float:
-    """Of forward and backward of a micro-batch of so many rows."""
+    """Operations of the forward and backward of a micro-batch of `rows` rows."""
     return float(rows * config.data.seq_len * config.model.flops_per_token(vocab_size, config.data.seq_len))
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command of the project did."""
+    """The result of a command of the project."""
 
     code: int
     stdout: str
@@ -251,15 +264,15 @@ class CommandResult:
 
     @property
     def tail(self) -> str:
-        """The last words of a command that failed, for a report."""
+        """The last lines of stderr if the command failed, else "": for the report."""
         return "" if self.code == 0 else " ".join(self.stderr.strip()[-400:].splitlines()[-2:])
 
 
-def command(module: str, *words: str, log: Path, timeout: float) -> CommandResult:
-    """`python -m module words`; its output goes to `log`, too. One that takes longer than `timeout` is killed."""
+def command(module: str, *arguments: str, log: Path, timeout: float) -> CommandResult:
+    """Run `python -m module arguments`, and write its output to `log`. It is killed after `timeout` seconds."""
     path = os.pathsep.join(p for p in sys.path if p)
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, "-m", module, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -284,10 +297,10 @@ def metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def planned_gib(dry_run: str) -> float | None:
-    """The memory of a rank that --dry-run names, in GiB."""
+    """The memory of a rank that --dry-run estimates, in GiB; None if its output has no such line."""
     found = re.search(r"^memory +about ([\d.]+) GiB", dry_run, re.MULTILINE)
     return float(found[1]) if found else None
 
 
-def config_words(path: str, words: Sequence[str]) -> list[str]:
-    return ["--config", path, *words]
+def config_arguments(path: str, settings: Sequence[str]) -> list[str]:
+    return ["--config", path, *settings]

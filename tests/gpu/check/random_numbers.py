@@ -1,6 +1,6 @@
-"""Random numbers by position: dropout's masks and the router's noise must be those of the CPU, bit for bit.
+"""Random numbers by position: dropout's masks and the router's noise must equal those of the CPU bit by bit.
 
-A run whose masks depended on the device would lose what the project promises: the same loss wherever it is resumed.
+Otherwise a run that is resumed on another device would have another loss.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.gpu.check.report import at_most, exactly
 from tests.gpu.check.runner import Check
 
 SITES = (0, 1, 2)
-SHAPE = (5, 257, 96)  # not a multiple of what a kernel takes at a time
+SHAPE = (5, 257, 96)  # not a multiple of a block of a kernel
 
 
 def run(check: Check) -> None:
@@ -29,42 +29,42 @@ def run(check: Check) -> None:
 
 
 def keys() -> Tensor:
-    """Of five sequences, among them an index beyond 32 bits."""
+    """The keys of five sequences; the index of one needs more than 32 bits."""
     return project.sequence_keys(7, 123_456, torch.tensor([0, 1, 2, 1 << 20, (1 << 40) + 3]))
 
 
 def _bits(check: Check) -> None:
-    """Keys, keys made of keys, and the random bytes."""
+    """Compare keys, keys derived from keys, and random bytes."""
     device = check.device
     index = torch.tensor([0, 1, 2, 1 << 20, (1 << 40) + 3])
-    made_there = project.sequence_keys(7, 123_456, index.to(device)).cpu()
+    device_keys = project.sequence_keys(7, 123_456, index.to(device)).cpu()
     folded = project.fold(keys().to(device), 9).cpu()
     count = 10_001
-    many = project.random_bytes(keys().to(device), count).cpu()
+    device_bytes = project.random_bytes(keys().to(device), count).cpu()
     different = {
-        "different_keys": int((made_there != keys()).sum() + (folded != project.fold(keys(), 9)).sum()),
-        "different_bytes": int((many != project.random_bytes(keys(), count)).sum()),
+        "different_keys": int((device_keys != keys()).sum() + (folded != project.fold(keys(), 9)).sum()),
+        "different_bytes": int((device_bytes != project.random_bytes(keys(), count)).sum()),
     }
     check.report.check("bits", dict.fromkeys(different, exactly(0)), **different)
 
 
 def _dropout(check: Check, name: str, dtype: torch.dtype, dropout: Callable[..., Tensor]) -> None:
-    """Where dropout sets zeros, forward and backward; and that the rest is scaled by one factor."""
+    """Compare the zeros of dropout in forward and backward, and the values that are not zero."""
     wrong_masks, wrong_values = 0, 0
-    x = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).abs() + 0.5).to(dtype)  # no zeros of its own
+    x = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).abs() + 0.5).to(dtype)  # contains no zeros
     for site in SITES:
-        expected = _dropped(x, site, project.dropout)
-        found = _dropped(x.to(check.device), site, dropout)
-        for theirs, ours in zip(found, expected, strict=True):
-            wrong_masks += int(((theirs.cpu() == 0) != (ours == 0)).sum())
-            wrong_values += int((theirs.cpu() != ours).sum())
-    share = float((_dropped(x, 0, project.dropout)[0] == 0).float().mean())
-    # One product by a constant, rounded once: the CPU and the GPU round alike.
+        expected = _apply_dropout(x, site, project.dropout)
+        found = _apply_dropout(x.to(check.device), site, dropout)
+        for on_device, on_cpu in zip(found, expected, strict=True):
+            wrong_masks += int(((on_device.cpu() == 0) != (on_cpu == 0)).sum())
+            wrong_values += int((on_device.cpu() != on_cpu).sum())
+    share = float((_apply_dropout(x, 0, project.dropout)[0] == 0).float().mean())
+    # Values are multiplied by a constant and rounded once, which gives the same result on a CPU and on a GPU.
     limits = {"wrong_masks": exactly(0), "wrong_values": exactly(0), "share": (0.09, 0.11)}
     check.report.check(f"dropout, {name}", limits, wrong_masks=wrong_masks, wrong_values=wrong_values, share=share)
 
 
-def _dropped(x: Tensor, site: int, dropout: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+def _apply_dropout(x: Tensor, site: int, dropout: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """The result of dropout, and the gradient of its sum."""
     x = x.detach().clone().requires_grad_()
     out = dropout(x, 0.1, project.fold(keys(), site).to(x.device))
@@ -74,9 +74,9 @@ def _dropped(x: Tensor, site: int, dropout: Callable[..., Tensor]) -> tuple[Tens
 
 
 def _noise(check: Check) -> None:
-    """The bits are the same; logarithm and cosine of a GPU may differ from those of a CPU by an ulp."""
+    """Compare normal noise. Its bits are equal, but logarithm and cosine of a GPU and a CPU may differ by an ulp."""
     count = 4096
     found = project.normal(keys().to(check.device), count).cpu()
     difference = float((found - project.normal(keys(), count)).abs().max())
-    # Values up to 6, each the product of two functions that are off by at most two ulps of 1: 6 * 4 * 6e-8.
+    # Values are at most 6; each is the product of two functions with an error of at most two ulps of 1: 6 * 4 * 6e-8.
     check.report.check("noise", {"difference": at_most(1.5e-6)}, difference=difference)

@@ -1,6 +1,6 @@
-"""launch/scout.yaml on several GPUs, laid out in several ways: which degree of expert parallelism to choose.
+"""Measures launch/scout.yaml on several GPUs with several layouts, to choose the degree of expert parallelism.
 
-All layouts take the same weights, rows and random numbers, so their losses must agree to rounding.
+All layouts use the same weights, rows and random numbers, so their losses must be equal up to rounding.
 """
 
 import json
@@ -15,8 +15,8 @@ from tests.gpu.check.compare import relative_change
 from tests.gpu.check.report import Limit, at_most, exactly
 from tests.gpu.check.runner import Check
 
-# The first step computes the same products of the same bf16 weights; only sums over ranks come in another order.
-# Later steps start from weights that differ by that rounding, and near ties of the router fall otherwise.
+# The first step computes the same products with the same bf16 weights; only the order of sums over ranks differs. Later
+# steps start from weights that differ by that rounding, and near ties of the router then have other results.
 LIMITS: dict[str, Limit] = {
     "code": exactly(0),
     "first": at_most(1e-4),
@@ -24,21 +24,21 @@ LIMITS: dict[str, Limit] = {
     "norm": at_most(0.02),
 }
 LAYOUT_S = 60
-TINY_WORDS = ["train.micro_batch_size=2", "data.seq_len=64"]  # for --device cpu
+TINY_SETTINGS = ["train.micro_batch_size=2", "data.seq_len=64"]  # for --device cpu
 
 
 def run(check: Check) -> None:
     ranks = check.options.ranks
     if ranks < 2:
-        check.report.skip("", "needs several GPUs: make gpu N=8")
+        check.report.skip("", "needs several GPUs, for example make gpu N=8")
         return
     first: dict[str, Any] = {}
-    for expert in degrees(check):
+    for expert in expert_degrees(check):
         check.case(f"expert={expert}", partial(_check, check, expert, first), seconds=LAYOUT_S / 2)
 
 
-def degrees(check: Check) -> list[int]:
-    """1, what `auto` chooses, and all ranks; each once."""
+def expert_degrees(check: Check) -> list[int]:
+    """1, the degree that `auto` chooses, and the number of ranks, without duplicates."""
     config = project.read_config(*_config(check))
     n = check.options.ranks
     chosen = (project.expert_degree(config, n, expert) for expert in (1, "auto", n))
@@ -46,11 +46,11 @@ def degrees(check: Check) -> list[int]:
 
 
 def _config(check: Check) -> tuple[str, list[str]]:
-    return (project.SCOUT, []) if check.on_gpu else (project.TINY, TINY_WORDS)
+    return (project.SCOUT, []) if check.on_gpu else (project.TINY, TINY_SETTINGS)
 
 
 def _check(check: Check, expert: int, first: dict[str, Any]) -> None:
-    """Measure a layout; compare it with the first one that was measured, which `first` is filled with."""
+    """Measure a layout, and compare it with the first one. `first` is filled by the first call."""
     figures = _launch(check, expert)
     losses, norm = figures.pop("losses"), figures.pop("norm")
     name = f"expert={expert}"
@@ -65,11 +65,11 @@ def _check(check: Check, expert: int, first: dict[str, Any]) -> None:
 
 
 def _launch(check: Check, expert: int) -> dict[str, Any]:
-    """Run the layout on all ranks; what rank 0 found. Raises RuntimeError if it fails."""
-    config, words = _config(check)
+    """Run the layout on all ranks. Returns rank 0's figures. Raises RuntimeError if there are none."""
+    config, settings = _config(check)
     out = check.options.out / f"ranks-expert-{expert}.json"
     out.unlink(missing_ok=True)
-    words = [*words, f"parallel.expert={expert}", f"run.device={check.options.device}"]
+    settings = [*settings, f"parallel.expert={expert}", f"run.device={check.options.device}"]
     log = check.options.out / f"ranks-expert-{expert}.log"
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
@@ -83,7 +83,7 @@ def _launch(check: Check, expert: int) -> dict[str, Any]:
                 "tests.gpu.check.ranks_worker",
                 str(out),
                 config,
-                *words,
+                *settings,
             ],
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -92,5 +92,5 @@ def _launch(check: Check, expert: int) -> dict[str, Any]:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
     if not out.exists():
-        raise RuntimeError(f"exit code {done.returncode}; see {log}")
+        raise RuntimeError(f"the ranks ended with exit code {done.returncode} and no figures; see {log}")
     return {"code": done.returncode, **json.loads(out.read_text())}

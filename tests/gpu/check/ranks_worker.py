@@ -1,4 +1,4 @@
-"""One rank of the part `ranks`: some training steps of one layout. Rank 0 writes what it found to a file.
+"""One rank of the part `ranks`: some training steps with one layout. Rank 0 writes the figures to a file.
 
 torchrun ... -m tests.gpu.check.ranks_worker OUT.json CONFIG [section.key=value ...]
 """
@@ -19,8 +19,8 @@ from tests.gpu.check.speed import kernel_figures
 WARM_UP, STEPS, MICRO_BATCHES = 2, 3, 4
 
 
-def main(out: str, config_path: str, *words: str) -> int:
-    config = project.read_config(config_path, words)
+def main(out: str, config_path: str, *settings: str) -> int:
+    config = project.read_config(config_path, settings)
     with project.world_of_ranks(config) as (world, device, _, mesh):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = project.build_model(config, config.data.vocab_size, device, dtype, mesh)
@@ -33,7 +33,7 @@ def main(out: str, config_path: str, *words: str) -> int:
             seconds.append(time.perf_counter() - start)
         figures = _figures(config, world.size, min(seconds[WARM_UP:]), device)
         figures |= {"losses": [loss for loss, _ in results], "norm": results[0][1]}
-        if world.rank == 0:  # before the profiler, which may crash
+        if world.rank == 0:  # written before the profiler runs, which may crash
             Path(out).write_text(json.dumps(figures))
         if device.type == "cuda":
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -57,7 +57,7 @@ def _step(
     for micro_batch in range(MICRO_BATCHES):
         batch = _batch(config, number, micro_batch, rank).to(device)
         torch.manual_seed(1000 * number + 10 * micro_batch + rank)  # attention's dropout
-        project.reduce_now(model, micro_batch == MICRO_BATCHES - 1)
+        project.set_gradient_sync(model, micro_batch == MICRO_BATCHES - 1)
         summed, _ = project.forward(model, config, batch)
         tokens = MICRO_BATCHES * batch.tokens.numel()
         (summed / tokens).backward()
@@ -66,12 +66,12 @@ def _step(
 
 
 def _batch(config: project.Config, number: int, micro_batch: int, rank: int) -> project.Batch:
-    """The rows of a rank: the same in every layout."""
+    """The micro-batch of a rank. It does not depend on the layout."""
     rows, length = config.train.micro_batch_size, config.data.seq_len
-    place = (number * MICRO_BATCHES + micro_batch) * 4096 + rank
-    generator = torch.Generator().manual_seed(place)
+    seed = (number * MICRO_BATCHES + micro_batch) * 4096 + rank
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, config.data.vocab_size, (rows, length + 1), generator=generator)
-    keys = project.sequence_keys(0, number, torch.arange(rows) + place * rows)
+    keys = project.sequence_keys(0, number, torch.arange(rows) + seed * rows)
     return project.Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), keys)
 
 

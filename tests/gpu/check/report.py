@@ -1,4 +1,4 @@
-"""What the check finds: records in a file of JSON lines, a verdict for each part, and two tables."""
+"""The results of the check: records in a file of JSON lines, a verdict for each part, and two tables."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def exactly(value: float) -> Limit:
 
 @dataclass(frozen=True)
 class Record:
-    """One case of a part. A figure is judged where `limits` has its name; the others are only measured."""
+    """One case of a part. A figure is judged if `limits` contains its name; the others are only recorded."""
 
     part: str
     case: str
@@ -34,17 +34,17 @@ class Record:
     at: float  # seconds since the check was started
     figures: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Limit] = field(default_factory=dict)
-    why: str = ""  # of a failure or a skip
+    why: str = ""  # the reason of a failure or a skip
 
     def line(self) -> str:
         """The record for the terminal, in one line."""
-        text = ", ".join(f"{name} {shown(value)}" for name, value in self.figures.items())
-        words = "; ".join(filter(None, [last_line(self.why), text]))
-        return f"{self.at:5.0f} s  {self.part}: {self.case or 'all'}: {self.verdict}: {words}"
+        figures = ", ".join(f"{name} {shown(value)}" for name, value in self.figures.items())
+        details = "; ".join(filter(None, [last_line(self.why), figures]))
+        return f"{self.at:5.0f} s  {self.part}: {self.case or 'all'}: {self.verdict}: {details}"
 
 
 def judge(figures: Mapping[str, Any], limits: Mapping[str, Limit]) -> str:
-    """Why the figures fail their limits; empty if they pass. A figure that is missing or not finite fails."""
+    """Why the figures fail their limits; "" if they pass. A figure that is missing or not finite fails."""
     faults = []
     for name, (low, high) in limits.items():
         value = figures.get(name)
@@ -59,13 +59,14 @@ def judge(figures: Mapping[str, Any], limits: Mapping[str, Limit]) -> str:
 
 @dataclass
 class Report:
-    """Appends the records of one part to the file. The file is all that a part hands over, so it survives a crash."""
+    """Appends the records of one part to the file. A part has no other output, so its records survive a crash."""
 
     path: Path
     part: str
     start: float  # time.time() when the check was started
 
     def measure(self, case: str, **figures: Any) -> None:
+        """Record figures without limits."""
         self._write(case, MEASURED, figures)
 
     def check(self, case: str, limits: Mapping[str, Limit], **figures: Any) -> bool:
@@ -75,10 +76,11 @@ class Report:
         return not why
 
     def skip(self, case: str, why: str) -> None:
+        """Record that a case did not run."""
         self._write(case, SKIPPED, why=why)
 
     def fail(self, case: str, why: str) -> None:
-        """Record a case that came to no figures; `why` may be a traceback."""
+        """Record a case that failed before it had figures; `why` may be a traceback."""
         self._write(case, FAILED, why=why)
 
     def _write(
@@ -98,12 +100,12 @@ class Report:
 
 
 def _json(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: they are written as words."""
+    """NaN and infinity as strings, because JSON has no numbers for them; other values as they are."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file; a last line that a killed process left unfinished is dropped."""
+    """The records of a file. A last line that a killed process did not finish is dropped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -115,7 +117,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def part_verdict(records: Iterable[Record]) -> tuple[str, str]:
-    """The verdict of a part and a few words on it, from its records."""
+    """The verdict of a part and its reason, from the part's records."""
     records = list(records)
     failed = [r for r in records if r.verdict == FAILED]
     skipped = [r for r in records if r.verdict == SKIPPED]
@@ -128,19 +130,19 @@ def part_verdict(records: Iterable[Record]) -> tuple[str, str]:
         return FAILED, f"{count}{first.case}: {why}" if first.case else f"{count}{why}"
     if len(skipped) == len(records):
         return SKIPPED, skipped[0].why
-    left_out = f", {len(skipped)} skipped ({skipped[0].case}: {skipped[0].why})" if skipped else ""
+    skips = f", {len(skipped)} skipped ({skipped[0].case}: {skipped[0].why})" if skipped else ""
     done = len(records) - len(skipped)
-    return OK, f"{done} case{'s' if done > 1 else ''}{left_out}"
+    return OK, f"{done} case{'s' if done > 1 else ''}{skips}"
 
 
 def last_line(text: str) -> str:
-    """What a traceback comes down to, cut to the width of a table."""
+    """The last line of a text such as a traceback, cut to the width of a table."""
     line = (text.strip().splitlines() or [""])[-1]
     return line if len(line) <= 160 else line[:157] + "..."
 
 
 def exit_code(records: Iterable[Record], parts: Iterable[str]) -> int:
-    """1 if a part failed, else 0; a part that was skipped is no failure."""
+    """1 if a part failed, else 0. A skipped part is not a failure."""
     records = list(records)
     return int(any(part_verdict(r for r in records if r.part == part)[0] == FAILED for part in parts))
 
@@ -155,7 +157,7 @@ def plain_table(records: Iterable[Record], parts: Iterable[str]) -> str:
 
 
 def markdown(records: Iterable[Record], title: str) -> str:
-    """The figures as tables for docs/benchmarks.md: one for each part, with a row for each case that has figures."""
+    """Tables for docs/benchmarks.md: one for each part, with a row for each case that has figures."""
     by_part: dict[str, list[Record]] = {}
     for record in records:
         if record.figures:
@@ -178,7 +180,7 @@ def _fits(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A figure as people read it: four digits, or all of an integer."""
+    """A figure as text: four digits of a float, all digits of an integer."""
     if isinstance(value, bool) or not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)
     if value == 0 or 0.01 <= abs(value) < 1e6:

@@ -1,7 +1,8 @@
-"""Runs parts one after another, each in a process of its own, within a budget of seconds.
+"""Runs parts one after another, each in its own process, within a budget of seconds.
 
-A part that raises, crashes, loses its CUDA context or hangs is recorded as failed, and the next one starts with a fresh
-context. Processes are forked from a server that has imported torch and never used CUDA, so that a start takes a second.
+A part that raises, crashes, loses its CUDA context or hangs is recorded as failed, and the next part starts with a new
+context. Processes are forked from a server that has imported torch but not initialized CUDA, so a start needs about a
+second.
 """
 
 import faulthandler
@@ -25,7 +26,7 @@ RESERVE_S = 3.0  # kept for the tables at the end
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; the same in every process."""
+    """The options of the command; the same in every process."""
 
     out: Path
     device: str
@@ -43,13 +44,13 @@ class Options:
 
     @property
     def scratch(self) -> Path:
-        """For corpora and checkpoints, which are large; removed at the end."""
+        """A folder for corpora and checkpoints, which are large. It is removed at the end."""
         return self.out / "scratch"
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a part gets: the device, where to write, how long it may take, and where to report."""
+    """What a part needs: the device, the folders, the time at which it must end, and the report."""
 
     options: Options
     report: Report
@@ -67,9 +68,9 @@ class Check:
         return self.ends - time.time()
 
     def case(self, name: str, run: Callable[[], object], seconds: float = 0.0) -> None:
-        """Run one case; skip it if fewer than `seconds` are left, record its traceback if it raises."""
+        """Run one case. Skip it if fewer than `seconds` are left, record its traceback if it raises."""
         if self.seconds_left() < seconds:
-            self.report.skip(name, f"no time left: it takes about {seconds:.0f} s")
+            self.report.skip(name, f"no time left: it needs about {seconds:.0f} s")
             return
         try:
             run()
@@ -82,17 +83,17 @@ class Part:
     name: str
     run: Callable[[Check], None]
     about: str
-    seconds: int  # what it takes on one H100, roughly
+    seconds: int  # a guess for one H100
     on_cpu: bool = True  # whether --device cpu can run it
 
     @property
     def limit(self) -> float:
-        """Seconds after which it hangs: a machine that is slower or busy has three times as long, and a minute."""
+        """Seconds after which the part is considered hung: a slow or busy machine may need three times as long."""
         return 60 + 3 * self.seconds
 
 
 def run_parts(parts: Sequence[Part], options: Options) -> None:
-    """Run the parts in this order; what comes of them is in `options.results`."""
+    """Run the parts in this order. Their records are written to `options.results`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     try:
@@ -102,7 +103,7 @@ def run_parts(parts: Sequence[Part], options: Options) -> None:
             if not part.on_cpu and options.device == "cpu":
                 report.skip("", "needs a CUDA device")
             elif left < part.seconds / 2:
-                why = f"takes about {part.seconds} s, and {max(0.0, left):.0f} of {options.budget:.0f} s are left"
+                why = f"it needs about {part.seconds} s, and {max(0.0, left):.0f} of {options.budget:.0f} s are left"
                 report.skip("", f"no time left: {why}; see --budget and --part")
             else:
                 process = context.Process(target=_run_part, args=(part, options, report))
@@ -112,15 +113,15 @@ def run_parts(parts: Sequence[Part], options: Options) -> None:
 
 
 def run_alone(process: multiprocessing.process.BaseProcess, limit: float, report: Report) -> None:
-    """Start the process and wait until it ends; after `limit` seconds kill it with all that it started."""
+    """Start the process and wait until it ends. After `limit` seconds kill it and all processes that it started."""
     process.start()
     try:
         process.join(limit)
         hangs = process.is_alive()
-    finally:  # Ctrl-C, too: it does not reach a process with a group of its own
+    finally:  # also after Ctrl-C, which does not reach a process in another process group
         _kill(process)
     if hangs:
-        report.fail("", f"still running after {limit:.0f} s: killed")
+        report.fail("", f"killed, because it was still running after {limit:.0f} s")
     elif process.exitcode:
         ended = f"exit code {process.exitcode}"
         if process.exitcode < 0:
@@ -129,19 +130,19 @@ def run_alone(process: multiprocessing.process.BaseProcess, limit: float, report
 
 
 def _kill(process: multiprocessing.process.BaseProcess) -> None:
-    """End the process, if it runs, with all that it started."""
+    """Kill the process, if it runs, and all processes that it started."""
     if process.is_alive():
         assert process.pid is not None
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has no process group of its own yet
+        except ProcessLookupError:  # it has not created its process group yet
             process.kill()
         process.join()
 
 
 def _run_part(part: Part, options: Options, report: Report) -> None:
-    os.setsid()  # a group of its own, which can be killed as a whole
-    faulthandler.enable()  # a crash shows where it was
+    os.setsid()  # a new process group, which can be killed as a whole
+    faulthandler.enable()  # a crash prints a stack trace
     options.scratch.mkdir(parents=True, exist_ok=True)
     try:
         part.run(Check(options, report, options.ends))

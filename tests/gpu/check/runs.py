@@ -1,4 +1,4 @@
-"""Whole runs of launch/tiny.yaml by the project's commands: train, resume, evaluate, generate, and the same twice."""
+"""Whole runs of launch/tiny.yaml with the project's commands: train, resume, evaluate, generate, and two equal runs."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,19 @@ TIMEOUT_S = 150.0
 
 
 class Sizes(NamedTuple):
-    """Steps of the runs, and what is learnt by then."""
+    """Steps of the runs, and limits for what the model must have learned by then."""
 
-    stop: int  # the first start ends here
+    stop: int  # the first start of the run ends after this step
     steps: int  # of the whole run
-    fixed: int  # of the runs that must be equal
-    every: int  # steps between evaluations and checkpoints
-    loss: float  # at most, at the stop
-    excess: float
+    fixed: int  # of each of the two runs that must be equal
+    every: int  # steps between evaluations, and between checkpoints
+    loss: float  # largest loss at the stop
+    excess: float  # largest excess over the corpus's true entropy
 
 
-# The corpus's true entropy cannot be beaten, but for the noise of the stories evaluated. A CPU in fp32 had a loss of
-# 2.80 in step 60 and 1.44 in step 300, and an excess of 0.38 after step 200, the last evaluation before the stop.
+# No model can be below the corpus's true entropy, except for the noise of the evaluated stories. A CPU in fp32 had a
+# loss of 2.80 in step 60 and 1.44 in step 300, and an excess of 0.38 after step 200, the last evaluation before the
+# stop.
 ON_GPU = Sizes(300, 400, 40, 100, 1.7, 0.6)
 ON_CPU = Sizes(60, 80, 10, 20, 3.4, 4.0)
 
@@ -34,7 +35,7 @@ def sizes(check: Check) -> Sizes:
     return ON_GPU if check.on_gpu else ON_CPU
 
 
-def _words(check: Check) -> list[str]:
+def _run_settings(check: Check) -> list[str]:
     """Settings of the run that is stopped and resumed."""
     size = sizes(check)
     return [
@@ -56,13 +57,13 @@ def run(check: Check) -> None:
 
 
 def prepare_corpus(check: Check) -> None:
-    """A storybook corpus for the runs of all parts. Raises RuntimeError if the command fails."""
+    """Prepare a storybook corpus for the runs of all parts. Raises RuntimeError if the command fails."""
     if not (corpus(check) / "manifest.json").exists():
-        words = project.config_words(project.TINY, [*CORPUS, f"data.dir={corpus(check)}"])
+        arguments = project.config_arguments(project.TINY, [*CORPUS, f"data.dir={corpus(check)}"])
         log = check.options.out / "prepare.log"
-        done = project.command("data.prepare", *words, log=log, timeout=_timeout(check))
+        done = project.command("data.prepare", *arguments, log=log, timeout=_timeout(check))
         if done.code:
-            raise RuntimeError(f"data.prepare: exit code {done.code}: {done.tail}")
+            raise RuntimeError(f"data.prepare failed with exit code {done.code}: {done.tail}")
 
 
 def corpus(check: Check) -> Path:
@@ -77,24 +78,25 @@ def _timeout(check: Check) -> float:
     return max(1.0, min(TIMEOUT_S, check.seconds_left()))
 
 
-def _trainer(check: Check, name: str, log: str, *words: str) -> project.CommandResult:
-    settings = [
+def _trainer(check: Check, name: str, log: str, *settings: str) -> project.CommandResult:
+    """Run trainer.main as the run `name`; its output is written to LOG.log."""
+    all_settings = [
         *CORPUS,
         f"data.dir={corpus(check)}",
         f"run.dir={check.options.scratch / 'runs'}",
         f"run.name={name}",
         f"run.device={check.options.device}",
         "log.wandb=disabled",
-        *words,
+        *settings,
     ]
     path = check.options.out / f"{log}.log"
-    words = tuple(project.config_words(project.TINY, settings))
-    return project.command("trainer.main", *words, log=path, timeout=_timeout(check))
+    arguments = project.config_arguments(project.TINY, all_settings)
+    return project.command("trainer.main", *arguments, log=path, timeout=_timeout(check))
 
 
 def _train(check: Check) -> None:
     size = sizes(check)
-    done = _trainer(check, "tiny", "train", *_words(check), f"train.stop_at={size.stop}")
+    done = _trainer(check, "tiny", "train", *_run_settings(check), f"train.stop_at={size.stop}")
     train = project.metrics(folder(check, "tiny"), "train")
     evals = project.metrics(folder(check, "tiny"), "eval")
     steady = sorted(line["tokens_per_second"] for line in train[3:])
@@ -119,7 +121,7 @@ def _train(check: Check) -> None:
 
 def _resume(check: Check) -> None:
     size = sizes(check)
-    done = _trainer(check, "tiny", "resume", *_words(check))
+    done = _trainer(check, "tiny", "resume", *_run_settings(check))
     train = project.metrics(folder(check, "tiny"), "train")
     steps = [line["step"] for line in train]
     losses = {line["step"]: line["loss"] for line in train}
@@ -131,7 +133,7 @@ def _resume(check: Check) -> None:
         "picture": int((folder(check, "tiny") / "loss.png").exists()),
         "error": done.tail,
     }
-    # One batch's loss differs from the next one's by a few percent; after a start from other weights it would double.
+    # The losses of consecutive batches differ by a few percent. If the run started from other weights, it would double.
     limits = {
         "code": exactly(0),
         "resumed": exactly(1),
@@ -151,31 +153,33 @@ def _evaluate(check: Check) -> None:
     evals = project.metrics(run, "eval")
     inside = evals[-1]["loss"] if evals else float("nan")
     change = relative_change(loss, inside) if loss is not None else float("nan")
-    # The command computes in fp32 and the run in bf16, which moves the mean over thousands of tokens by far less.
+    # The command computes in fp32 and the run in bf16, which changes the mean over thousands of tokens by far less.
     limits = {"code": exactly(0), "change": at_most(5e-3)}
     check.report.check("evaluate", limits, code=done.code, loss=loss, change=change, error=done.tail)
 
 
 def _generate(check: Check) -> None:
     log = check.options.out / "generate.log"
-    words = ["--checkpoint", str(folder(check, "tiny")), "--prompt", "Once a", "--max-new-tokens", "40"]
-    done = project.command("trainer.generate", *words, log=log, timeout=_timeout(check))
+    arguments = ["--checkpoint", str(folder(check, "tiny")), "--prompt", "Once a", "--max-new-tokens", "40"]
+    done = project.command("trainer.generate", *arguments, log=log, timeout=_timeout(check))
     limits = {"code": exactly(0), "characters": at_least(20)}
     check.report.check("generate", limits, code=done.code, characters=len(done.stdout.strip()), error=done.tail)
 
 
 def _deterministic(check: Check) -> None:
-    """Two runs of the same settings have the same losses to the last bit."""
+    """Two runs with the same settings must have the same losses to the last bit."""
     fixed = sizes(check).fixed
-    words = [f"train.steps={fixed}", "run.deterministic=true", "eval.every=0", "eval.final=none"]
-    words += ["checkpoint.every=0", "sample.max_new_tokens=3"]
-    done = [_trainer(check, name, name, *words) for name in ("deterministic-a", "deterministic-b")]
-    a, b = ([m["loss"] for m in project.metrics(folder(check, f"deterministic-{x}"), "train")] for x in "ab")
+    settings = [f"train.steps={fixed}", "run.deterministic=true", "eval.every=0", "eval.final=none"]
+    settings += ["checkpoint.every=0", "sample.max_new_tokens=3"]
+    first = _trainer(check, "deterministic-a", "deterministic-a", *settings)
+    second = _trainer(check, "deterministic-b", "deterministic-b", *settings)
+    first_losses = [line["loss"] for line in project.metrics(folder(check, "deterministic-a"), "train")]
+    second_losses = [line["loss"] for line in project.metrics(folder(check, "deterministic-b"), "train")]
     figures = {
-        "code": max(result.code for result in done),
-        "steps": min(len(a), len(b)),
-        "different_losses": sum(x != y for x, y in zip(a, b, strict=False)),
-        "error": "".join(result.tail for result in done),
+        "code": max(first.code, second.code),
+        "steps": min(len(first_losses), len(second_losses)),
+        "different_losses": sum(x != y for x, y in zip(first_losses, second_losses, strict=False)),
+        "error": first.tail + second.tail,
     }
     limits = {"code": exactly(0), "steps": exactly(fixed), "different_losses": exactly(0)}
     check.report.check("deterministic", limits, **figures)

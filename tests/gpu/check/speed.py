@@ -1,4 +1,4 @@
-"""A micro-batch of launch/scout.yaml on one GPU, in variants: where its time goes, and the memory that it takes."""
+"""Measures a micro-batch of launch/scout.yaml on one GPU in several variants: its time by kernel, and its memory."""
 
 import gc
 import math
@@ -19,12 +19,14 @@ from tests.gpu.check.runner import Check
 
 NO_DROPOUT = ["model.dropout=0", "model.attention_dropout=0"]
 WARM_UP, STEPS = 3, 5
-CASE_S = 30  # of one variant, with what it compiles
+CASE_S = 30  # a guess for one variant, compiling included
 
 
 @dataclass(frozen=True)
 class Variant:
-    words: list[str] = field(default_factory=list)
+    """Settings on top of launch/scout.yaml, and whether cuDNN's attention is allowed."""
+
+    settings: list[str] = field(default_factory=list)
     cudnn: bool = True
 
 
@@ -45,7 +47,7 @@ def run(check: Check) -> None:
 
 
 def run_kernels(check: Check) -> None:
-    """The part `kernels`: apart from `speed`, since a profiler that crashes must not take the figures with it."""
+    """The part `kernels`. It is not in the part `speed`, whose figures would be lost if the profiler crashed."""
     _each_variant(check, _profile)
 
 
@@ -57,18 +59,18 @@ def _each_variant(check: Check, run: Callable[[Check, str, Variant], None]) -> N
 
 
 def _measure(check: Check, name: str, variant: Variant) -> None:
-    config = project.read_config(project.SCOUT, variant.words)
+    config = project.read_config(project.SCOUT, variant.settings)
     with cudnn_attention(variant.cudnn):
         step, optimizer_step = _make_steps(config, check.device)
         torch.cuda.reset_peak_memory_stats()
-        with project.weights_unchanged():  # as the micro-batches of a step
+        with project.weights_unchanged():  # as in the micro-batches of a step
             loss = [float(step()) for _ in range(WARM_UP)][-1]
             host, wall = _host_and_wall(step, check.device)
         optimizer_s = _seconds(optimizer_step, check.device)
     rows, vocab_size = config.train.micro_batch_size, config.data.vocab_size
     peak = project.peak_flops(check.device, torch.bfloat16)
     check.report.check(
-        # Weights are random: the loss of a token is that of a guess, log(vocabulary), and a little more.
+        # Weights are random, so the loss per token is a little more than log(vocabulary), that of a uniform guess.
         name,
         {"loss": (math.log(vocab_size) - 0.5, math.log(vocab_size) + 2)},
         tokens_per_second=rows * config.data.seq_len / wall,
@@ -84,7 +86,7 @@ def _measure(check: Check, name: str, variant: Variant) -> None:
 def _make_steps(
     config: project.Config, device: torch.device
 ) -> tuple[Callable[[], torch.Tensor], Callable[[], object]]:
-    """Forward and backward of one micro-batch, which gives the loss of a token; and the optimizer's step."""
+    """Two functions: forward and backward of one micro-batch, returning the loss per token; the optimizer's step."""
     rows, length, vocab = config.train.micro_batch_size, config.data.seq_len, config.data.vocab_size
     model = project.build_model(config, vocab, device, torch.bfloat16, exact_weights=False)
     if config.train.liger:
@@ -108,7 +110,7 @@ def _make_steps(
 
 
 def _host_and_wall(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds of a step until the host has asked for all of it, and until the device has done it."""
+    """Seconds of a step until the host has launched all of it, and until the device has completed it."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(STEPS):
@@ -119,7 +121,7 @@ def _host_and_wall(step: Callable[[], object], device: torch.device) -> tuple[fl
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of the second call: the first makes what the others keep."""
+    """Seconds of the second call, because the first call creates the optimizer's state."""
     seconds = 0.0
     for _ in range(2):
         synchronize(device)
@@ -131,9 +133,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _profile(check: Check, name: str, variant: Variant) -> None:
-    """Busy time of the device and number of kernels of one step; the kernels by their time go to a file."""
+    """Busy time of the device and number of kernels in one step. A table of kernels by time is written to a file."""
     with cudnn_attention(variant.cudnn):
-        step, _ = _make_steps(project.read_config(project.SCOUT, variant.words), check.device)
+        step, _ = _make_steps(project.read_config(project.SCOUT, variant.settings), check.device)
         step()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             step()
@@ -146,7 +148,7 @@ def _profile(check: Check, name: str, variant: Variant) -> None:
 
 
 def kernel_figures(averages: Iterable[Any]) -> dict[str, float]:
-    """Time and number of what ran on the device, of a profile's averages; NCCL's kernels also by themselves."""
+    """Time and number of the kernels in a profile's averages, and separately the time of NCCL's kernels."""
     on_device = [event for event in averages if event.device_type == DeviceType.CUDA]
     nccl = [event for event in on_device if "nccl" in event.key.lower()]
     exchange = [event for event in nccl if "sendrecv" in event.key.lower()]
@@ -155,16 +157,16 @@ def kernel_figures(averages: Iterable[Any]) -> dict[str, float]:
         return float(sum(event.self_device_time_total for event in events)) / 1e3
 
     figures = {"busy_ms": ms(on_device), "kernels": sum(event.count for event in on_device)}
-    if nccl:  # waiting for other ranks included
+    if nccl:  # their time includes waiting for other ranks
         figures |= {"exchange_ms": ms(exchange), "other_nccl_ms": ms(nccl) - ms(exchange)}
     return figures
 
 
 @contextmanager
-def cudnn_attention(on: bool) -> Iterator[None]:
-    """Whether fused attention may take cuDNN."""
+def cudnn_attention(enabled: bool) -> Iterator[None]:
+    """Allow or forbid cuDNN's attention inside the `with` block."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(on and before)
+    torch.backends.cuda.enable_cudnn_sdp(enabled and before)
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""`make fake-gpu`: whole runs and counts on simulated GPUs. Prints tables for markdown, and writes JSON.
+"""`make fake-gpu`: whole runs and counts on simulated GPUs. It prints Markdown tables, and writes JSON.
 
-python -m tests.gpu.sim                                      every part: an hour and a quarter on two cores
+python -m tests.gpu.sim                                      every part: 75 minutes on two cores
 python -m tests.gpu.sim --part runs -k scout                 the whole runs with `scout` in their names
-python -m tests.gpu.sim --part memory                        the peaks of steps, and what --dry-run estimates
+python -m tests.gpu.sim --part memory                        the peaks of steps, and the estimates of --dry-run
 python -m tests.gpu.sim --part counts --config launch/scout.yaml --ranks 2 train.compile=true
 """
 
@@ -18,7 +18,7 @@ from tests.gpu.sim.counts import Recording
 from tests.gpu.sim.machine import Machine, Simulation
 
 PARTS = ("counts", "experts", "memory", "runs")
-USUAL = (  # of counts: GPUs, card, settings of launch/scout.yaml
+DEFAULT_COUNTS = (  # GPUs, their model, and settings on top of launch/scout.yaml
     (Machine(), ("train.global_batch_size=32",)),
     (Machine(), ("train.global_batch_size=32", "train.compile=true")),
     (Machine(), ("train.global_batch_size=32", "train.liger=true")),
@@ -35,26 +35,41 @@ def main() -> int:
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
-        help="counts: a step by phase; experts: steps on 8 GPUs by parallel.expert; memory: peaks of steps "
+        help="counts: a step by phase; experts: steps on 8 GPUs for several parallel.expert; memory: peaks of steps "
         "and their estimates; runs: whole runs",
     )
-    parser.add_argument("-k", default="", metavar="PATTERN", help="a regular expression: only runs, peaks of that name")
-    parser.add_argument("--config", type=Path, help="counts of this config alone")
+    parser.add_argument(
+        "-k",
+        default="",
+        metavar="PATTERN",
+        help="run only the whole runs and peaks whose names match this regular expression",
+    )
+    parser.add_argument("--config", type=Path, help="count only steps of this config")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs for --config")
-    parser.add_argument("--card", default="H100", help="H100, A100, L4, T4, B200 or RTX5090, for --config")
-    parser.add_argument("--libraries", type=Path, default=Path(sys.prefix) / "simulated-gpu", help="built there")
-    parser.add_argument("--folder", type=Path, help="of runs, logs and the corpus, kept; default: a temporary one")
-    parser.add_argument("--out", type=Path, default=Path("fake-gpu.json"), help="what was measured")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="for --config")
+    parser.add_argument(
+        "--card", default="H100", help="model of the GPUs for --config: H100, A100, L4, T4, B200 or RTX5090"
+    )
+    parser.add_argument(
+        "--libraries",
+        type=Path,
+        default=Path(sys.prefix) / "simulated-gpu",
+        help="folder in which the libraries are built",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="keep runs, logs and the corpus in this folder; default: a temporary one"
+    )
+    parser.add_argument("--out", type=Path, default=Path("fake-gpu.json"), help="file for the results")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings for --config")
     args = parser.parse_intermixed_args()
     build.build(args.libraries)
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory(prefix="fake-gpu-") as temporary:
         simulation = Simulation(args.libraries, (args.folder or Path(temporary)).resolve())
         if "counts" in args.part:
-            asked = [(Machine(args.ranks, args.card), tuple(args.settings))]
-            usual = asked if args.config or args.settings else USUAL
-            results["counts"] = [count(simulation, args.config, *one).json() for one in usual]
+            cases: Sequence[tuple[Machine, tuple[str, ...]]] = DEFAULT_COUNTS
+            if args.config or args.settings:
+                cases = [(Machine(args.ranks, args.card), tuple(args.settings))]
+            results["counts"] = [count(simulation, args.config, *case).json() for case in cases]
         if "experts" in args.part:
             results["experts"] = [recording.json() for recording in by_expert_degree(simulation)]
         failed = 0
@@ -68,13 +83,14 @@ def main() -> int:
                 runs.append(vars(result))
                 failed += not result.passed
             if not runs:
-                parser.error(f"-k {args.k}: matches the name of no whole run")
+                parser.error(f"-k {args.k}: no whole run has a name that matches; see CASES in tests/gpu/sim/matrix.py")
             results["runs"] = runs
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed else 0
 
 
 def count(simulation: Simulation, config: Path | None, machine: Machine, settings: Sequence[str]) -> Recording:
+    """Record the counts of a step, and print them."""
     config = config or Path("launch/scout.yaml")
     title = " ".join([f"{config.name} on {machine.ranks} {machine.card}", *settings])
     recording = counts.record(simulation, title, machine, ["--config", str(config), *settings])
@@ -83,7 +99,7 @@ def count(simulation: Simulation, config: Path | None, machine: Machine, setting
 
 
 def compare_memory(simulation: Simulation, pattern: str, results: dict[str, object]) -> int:
-    """How many estimates of `--dry-run` are too far from the peak, or could not be compared with it."""
+    """Print peaks and estimates. Returns how many estimates are too far from the peak, or could not be compared."""
     print(memory.HEAD, flush=True)
     found: list[memory.Result | memory.Failure] = []
     for result in memory.run(simulation, pattern):
@@ -95,12 +111,12 @@ def compare_memory(simulation: Simulation, pattern: str, results: dict[str, obje
 
 
 def by_expert_degree(simulation: Simulation) -> list[Recording]:
-    """The step of launch/scout.yaml on eight GPUs, as it stands in the file, by how far the experts are spread."""
+    """Record a step of the unchanged launch/scout.yaml on eight GPUs for each of EXPERT_DEGREES, and print them."""
     recordings = []
     for expert in EXPERT_DEGREES:
-        words = ["--config", "launch/scout.yaml", f"parallel.expert={expert}"]
+        arguments = ["--config", "launch/scout.yaml", f"parallel.expert={expert}"]
         title = f"scout.yaml on 8 H100, parallel.expert={expert}"
-        recordings.append(counts.record(simulation, title, Machine(8), words))
+        recordings.append(counts.record(simulation, title, Machine(8), arguments))
     print(counts.comparison(recordings), *map(counts.table, recordings), "", sep="\n\n", flush=True)
     return recordings
 

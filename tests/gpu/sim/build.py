@@ -1,7 +1,8 @@
-"""Builds the stand-in libraries from runtime/, for the torch that runs this: python -m tests.gpu.sim.build FOLDER
+"""Builds the stand-in libraries from runtime/ for the torch of this Python: python -m tests.gpu.sim.build FOLDER
 
-Each has the name and every symbol of the real one (libnvidia-ml: those that torch asks for). What runtime/ does not
-define is generated: it returns 0 and is counted. The headers come with the packages of the CUDA build of torch.
+Each library has the name and every symbol of the real one (libnvidia-ml: the symbols that torch uses). A function that
+runtime/ does not define is generated: it returns 0, and its calls are counted. The headers are part of the packages of
+torch's CUDA build.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ PRODUCT = re.compile(r"gemm|gemv|ltmatmul$|trsm|axpy|scal|dot", re.IGNORECASE)  
 
 
 def build(folder: Path) -> None:
-    """Write the libraries into `folder`, unless those that are there are newer than their sources."""
+    """Build the libraries in `folder`, unless all of them exist and are newer than their sources."""
     sources = [Path(__file__), *RUNTIME.rglob("*.*")]
     newest = max(source.stat().st_mtime for source in sources)
     if all((folder / name).exists() and (folder / name).stat().st_mtime > newest for name in PRELOADED):
@@ -35,7 +36,11 @@ def build(folder: Path) -> None:
     packages = nvidia_packages()
     for name in PRELOADED:
         real = next(packages.glob(f"*/lib/{name}"), None)
-        symbols = driver_symbols(packages) if name == DRIVER else exported(real) if real else {}
+        symbols: dict[str, str] = {}
+        if name == DRIVER:
+            symbols = driver_symbols(packages)
+        elif real is not None:
+            symbols = exported(real)
         build_one(folder, name, symbols, [RUNTIME / "headers", *packages.glob("*/include")])
 
 
@@ -43,20 +48,22 @@ def nvidia_packages() -> Path:
     """The folder nvidia/ of the installed packages."""
     spec = importlib.util.find_spec("nvidia")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"{sys.executable} has no CUDA build of torch: its package nvidia/ is missing")
+        sys.exit(f"{sys.executable} has no CUDA build of torch, because the package nvidia/ is missing")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def build_one(folder: Path, name: str, symbols: dict[str, str], includes: Iterable[Path]) -> None:
-    """One library with `symbols`, each with its version ("" for none)."""
+    """Build the library `name` with `symbols`: their names, and the version of each ("" for none)."""
     source = SOURCES[name]
-    own, rest, script = (folder / f"{source}{end}" for end in (".o", "_generated.c", ".map"))
+    object_file = folder / f"{source}.o"
+    generated_source = folder / f"{source}_generated.c"
+    script = folder / f"{source}.map"
     flags = ["-std=c++17", "-O1", "-fPIC", "-w", *(f"-I{path}" for path in includes)]
-    run(["g++", *flags, "-c", RUNTIME / f"{source}.cpp", "-o", own])
-    defined = set(exported(own, ()))
-    rest.write_text(generated(sorted(symbols.keys() - defined)))
+    run(["g++", *flags, "-c", RUNTIME / f"{source}.cpp", "-o", object_file])
+    defined = set(exported(object_file, ()))
+    generated_source.write_text(generated(sorted(symbols.keys() - defined)))
     command = ["g++", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", "-o", folder / name]
-    command += [own, "-x", "c", rest, "-x", "none"]
+    command += [object_file, "-x", "c", generated_source, "-x", "none"]
     versions = sorted(set(symbols.values()) - {""})
     if versions:
         script.write_text(f"{versions[0]} {{ global: *; }};\n")
@@ -67,7 +74,7 @@ def build_one(folder: Path, name: str, symbols: dict[str, str], includes: Iterab
 
 
 def generated(names: Iterable[str]) -> str:
-    """C functions that do nothing but count that they were called."""
+    """C code of functions that only count their calls."""
     lines = ["void sim_count(const char*, long, long);"]
     for name in names:
         kind = "kernel" if name.startswith("cublas") and PRODUCT.search(name) else "call"
@@ -89,7 +96,7 @@ def exported(library: Path, flags: Iterable[str] = ("-D",)) -> dict[str, str]:
 
 
 def driver_symbols(packages: Path) -> dict[str, str]:
-    """Those of libcuda, which no package brings: by its header."""
+    """The functions of libcuda, from its header: no package contains the library itself."""
     text = next(packages.glob("*/include/cuda.h")).read_text()
     names = set(re.findall(r"CUDAAPI\s+(cu[A-Z]\w+)\s*\(", text))
     names.update(re.findall(r"#define\s+cu\w+\s+(?:__CUDA_API_PTDS|__CUDA_API_PTSZ)?\(?(cu\w+_v\d)\)?", text))
@@ -100,9 +107,9 @@ def run(command: list[object]) -> None:
     try:
         subprocess.run([str(word) for word in command], check=True)
     except FileNotFoundError:
-        sys.exit(f"{command[0]} is needed to build the simulated GPU's libraries; install it (apt install g++)")
+        sys.exit(f"{command[0]} was not found, but is needed to build the simulated GPU's libraries; apt install g++")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"could not build the simulated GPU's libraries: {command[0]} ended with {error.returncode}")
+        sys.exit(f"could not build the simulated GPU's libraries: {command[0]} ended with exit code {error.returncode}")
 
 
 if __name__ == "__main__":

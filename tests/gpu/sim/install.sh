@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes an environment with the CUDA build of torch, for simulated GPUs: `make fake-gpu` calls it. 5 GB, some minutes.
+# Creates an environment with the CUDA build of torch for simulated GPUs (5 GB, some minutes). `make fake-gpu` calls it.
 #   [PYTHON=python3.12] sh tests/gpu/sim/install.sh FOLDER
-# .venv cannot serve: on a machine without a GPU it may hold the CPU build.
+# .venv cannot be used: on a machine without a GPU it may contain the CPU build.
 cd "$(dirname "$0")/../../.." || exit 1
 venv=$1
 
@@ -10,19 +10,19 @@ fail() {
     exit 1
 }
 
-[ -n "$venv" ] || fail "name the folder of the environment, such as .venv-gpu"
+[ -n "$venv" ] || fail "the folder of the environment is missing; call: sh tests/gpu/sim/install.sh .venv-gpu"
 if ! "$venv/bin/python" -c '' 2>/dev/null; then
     for python in ${PYTHON:-python3.14 python3.13 python3.12 python3.11 python3}; do
         "$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && break
         python=
     done
-    [ -n "$python" ] || fail "found no Python 3.11 to 3.14 with ensurepip; name it: make PYTHON=/path/to/python3 fake-gpu"
+    [ -n "$python" ] || fail "found no Python 3.11 to 3.14 with ensurepip; run: make PYTHON=/path/to/python3 fake-gpu"
     rm -rf "$venv"
-    "$python" -m venv "$venv" || fail "$python could not make $venv"
+    "$python" -m venv "$venv" || fail "$python could not create $venv"
 fi
-echo "install: $("$venv/bin/python" -V), the CUDA build of torch and the packages of setup.cfg into $venv; takes minutes"
-# --isolated: pip's settings may name wheels of the CPU build, which would be taken first.
+echo "install: $("$venv/bin/python" -V), installing the CUDA build of torch and the packages of setup.cfg into $venv; this needs some minutes"
+# --isolated ignores the user's settings of pip, which could prefer an index with the CPU build.
 "$venv/bin/python" -m pip --isolated --disable-pip-version-check install --quiet --no-compile \
-    --editable . --constraint constraints.txt || fail "pip failed, see above"
+    --editable . --constraint constraints.txt || fail "pip failed, see its output above"
 "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.version.cuda)' ||
-    fail "$venv has a torch without CUDA; remove the folder, and see which index pip takes torch from"
+    fail "$venv has a torch without CUDA; remove the folder, and check from which index pip installs torch"

@@ -1,4 +1,4 @@
-"""Starts processes on simulated GPUs, and prepares the corpus that they read."""
+"""Starts the processes of a run on simulated GPUs, and prepares the corpus that they read."""
 
 import os
 import subprocess
@@ -17,43 +17,48 @@ CORPUS = ["data.source=storybook", "data.stories=4000", "data.vocab_size=1024"]
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind, over `nodes` nodes, which are torchrun agents on this host."""
+    """GPUs of one model on `nodes` nodes; each node is a torchrun agent on this host."""
 
     ranks: int = 1
     card: str = "H100"
     nodes: int = 1
-    gib: int | None = None  # memory of each, if not the card's own
+    gib: int | None = None  # memory of each GPU; None: that of the real card
 
 
 class Simulation:
-    """A folder for runs and corpora, and the stand-in libraries."""
+    """Runs commands with the stand-in libraries in `libraries`; runs and corpora are written to `folder`."""
 
     def __init__(self, libraries: Path, folder: Path) -> None:
         self.libraries, self.folder = libraries.resolve(), folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def corpus(self) -> list[str]:
-        """The settings that name a small corpus, which is made at the first call."""
-        words = [*CORPUS, f"data.dir={self.folder / 'corpus'}"]
+        """The settings for a small corpus. The first call prepares it."""
+        settings = [*CORPUS, f"data.dir={self.folder / 'corpus'}"]
         if not (self.folder / "corpus").exists():
-            done = self._run([sys.executable, "-m", "data.prepare", *words], dict(os.environ), 600)
+            done = self._run([sys.executable, "-m", "data.prepare", *settings], dict(os.environ), 600)
             if done.returncode:
                 sys.exit(f"could not prepare the corpus:\n{done.stdout}")
-        return words
+        return settings
 
     def train(
-        self, machine: Machine, words: Sequence[str], extra: Mapping[str, str] | None = None, timeout: float = 900
+        self,
+        machine: Machine,
+        arguments: Sequence[str],
+        extra_environment: Mapping[str, str] | None = None,
+        timeout: float = 900,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs simulated.py on all ranks; the output of all nodes, and the exit code of the first."""
+        """Run simulated.py on all ranks. The result has the output of all nodes, and the exit code of the first."""
         with tempfile.TemporaryDirectory(prefix="ranks-", dir=self.folder) as shared:
-            environment = self.environment(machine, shared) | dict(extra or {})
-            commands = [self._command(machine, node, shared) + list(words) for node in range(machine.nodes)]
+            environment = self.environment(machine, shared) | dict(extra_environment or {})
+            commands = [self._command(machine, node, shared) + list(arguments) for node in range(machine.nodes)]
             with ThreadPoolExecutor(machine.nodes) as pool:
                 first, *others = pool.map(lambda command: self._run(command, environment, timeout), commands)
             first.stdout += "".join(other.stdout for other in others)
             return first
 
     def environment(self, machine: Machine, shared: str) -> dict[str, str]:
+        """The environment of a run. `shared` is a folder that all its ranks use."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SIM_GPU_")}
         environment |= {
             "LD_PRELOAD": ":".join(str(self.libraries / name) for name in PRELOADED),
@@ -62,22 +67,22 @@ class Simulation:
             "SIM_GPU_COUNT": str(machine.ranks // machine.nodes),
             "SIM_GPU_FOLDER": shared,
             "PYTHONDONTWRITEBYTECODE": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its workers would each load torch again
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # each of its workers would import torch again
         }
         if machine.gib is not None:
             environment["SIM_GPU_GIB"] = str(machine.gib)
         return environment
 
     def _command(self, machine: Machine, node: int, shared: str) -> list[str]:
-        here = [sys.executable, "-m"]
+        python = [sys.executable, "-m"]
         flags = [f"--nproc_per_node={machine.ranks // machine.nodes}", "--max-restarts=0"]
         if machine.ranks == 1:
-            return [*here, "tests.gpu.sim.simulated"]
+            return [*python, "tests.gpu.sim.simulated"]
         if machine.nodes > 1:
             port = 29000 + os.getpid() % 1000
             flags += [f"--nnodes={machine.nodes}", f"--node_rank={node}", "--rdzv_backend=c10d"]
             flags += [f"--rdzv_id={Path(shared).name}", f"--rdzv_endpoint=localhost:{port}"]
-        return [*here, "launch.torchrun", *flags, "-m", "tests.gpu.sim.simulated"]
+        return [*python, "launch.torchrun", *flags, "-m", "tests.gpu.sim.simulated"]
 
     @staticmethod
     def _run(command: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -87,11 +92,11 @@ class Simulation:
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers
+            process.terminate()  # torchrun then stops its workers
             try:
                 output, _ = process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 output, _ = process.communicate()
-            output += f"\nTimeoutError: longer than {timeout:.0f} s"
+            output += f"\nTimeoutError: stopped after {timeout:.0f} s"
         return subprocess.CompletedProcess(command, process.returncode, output)

@@ -1,4 +1,4 @@
-"""What `--dry-run` estimates against the most that torch's allocator hands out in a step on simulated GPUs."""
+"""Compares the estimates of `--dry-run` with the peak of torch's allocator in a step on simulated GPUs."""
 
 import re
 from collections.abc import Iterator
@@ -14,32 +14,34 @@ from tests.gpu.sim.machine import Machine, Simulation
 from trainer.config import read_config
 from trainer.memory import Memory, memory_needed
 
-MICRO_BATCHES = 3  # the most of a step that is run: more have the same peak
-TOLERANCE = 0.05
+MICRO_BATCHES = 3  # largest number of micro-batches in a step: more of them have the same peak
+TOLERANCE = 0.05  # relative error of an estimate
 
 
 @dataclass(frozen=True)
 class Case:
+    """A configuration on a machine."""
+
     machine: Machine
-    config: str  # of launch/
-    words: tuple[str, ...] = ()
+    config: str  # name in launch/
+    settings: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16  # of the products
 
     def need(self) -> Memory:
-        """The estimate."""
-        config = read_config(self.path, list(self.words))
+        """The estimate of --dry-run."""
+        config = read_config(self.path, list(self.settings))
         p, ranks = config.parallel, self.machine.ranks
-        degrees = mesh.degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
-        layout = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, ranks)
-        return memory_needed(config, config.data.vocab_size, self.dtype, degrees, layout)
+        degrees = mesh.resolve_degrees(World(0, ranks, 0, ranks), config.model, p.replicate, p.shard, p.expert)
+        share = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, ranks)
+        return memory_needed(config, config.data.vocab_size, self.dtype, degrees, share)
 
     def record(self, simulation: Simulation, name: str) -> counts.Recording:
-        """Some steps of at most MICRO_BATCHES micro-batches."""
-        config = read_config(self.path, list(self.words))
+        """Run some steps of at most MICRO_BATCHES micro-batches, and record them."""
+        config = read_config(self.path, list(self.settings))
         most = MICRO_BATCHES * config.train.micro_batch_size * self.machine.ranks
         size = f"train.global_batch_size={min(config.train.global_batch_size, most)}"
-        words = ["--config", self.path, *self.words, size]
-        return counts.record(simulation, name, self.machine, words, config.data.vocab_size, roofline=False)
+        arguments = ["--config", self.path, *self.settings, size]
+        return counts.record(simulation, name, self.machine, arguments, config.data.vocab_size, roofline=False)
 
     @property
     def path(self) -> str:
@@ -48,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one case, bytes of rank 0."""
+    """The result of one case, in bytes of rank 0."""
 
     name: str
     estimate: int
@@ -73,6 +75,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Failure:
+    """A case whose run recorded nothing."""
+
     name: str
     output: str
     passed = False
@@ -82,17 +86,17 @@ class Failure:
 
 
 HEAD = (
-    "| configuration, GPUs (simulated) | handed out, GiB | estimate, GiB | error | reserved over handed out |\n"
+    "| configuration, GPUs (simulated) | allocated, GiB | estimate, GiB | error | reserved, relative to allocated |\n"
     "|---|---|---|---|---|"
 )
 
 
-def scout(ranks: int, *words: str, dtype: torch.dtype = torch.bfloat16) -> Case:
-    return Case(Machine(ranks), "scout", words, dtype)
+def scout(ranks: int, *settings: str, dtype: torch.dtype = torch.bfloat16) -> Case:
+    return Case(Machine(ranks), "scout", settings, dtype)
 
 
-def cut_17b(ranks: int, *words: str) -> Case:
-    return Case(Machine(ranks), "scout-17b-16e", ("model.n_layers=2", *words))
+def cut_17b(ranks: int, *settings: str) -> Case:
+    return Case(Machine(ranks), "scout-17b-16e", ("model.n_layers=2", *settings))
 
 
 CASES = {
@@ -120,13 +124,13 @@ CASES = {
 
 
 def run(simulation: Simulation, pattern: str) -> Iterator[Result | Failure]:
-    """The cases whose names have a match of the regular expression `pattern`, one after another."""
+    """Measure the cases whose names match the regular expression `pattern`, one after another."""
     for name, case in CASES.items():
         if not re.search(pattern, name, re.IGNORECASE):
             continue
         try:
             memory = case.record(simulation, name).memory
-        except RuntimeError as error:  # the other cases still say something
+        except RuntimeError as error:  # the other cases can still be compared
             yield Failure(name, str(error))
         else:
             yield Result(name, case.need().total, memory["allocated"], memory["reserved"])

@@ -1,8 +1,8 @@
-"""Records a few steps of a run on simulated GPUs by phase, on rank 0, and ends the run: what counts.py prints.
+"""Records a few steps of a run on simulated GPUs by phase, writes those of rank 0 for counts.py, and ends the run.
 
-The phases are those that the trainer names to its watchdog. The last step runs under the roofline's mode, unless
-SIM_ROOFLINE=0 leaves it out; the one before it gives the counts; those before that warm up, so that nothing is compiled
-or allocated for the first time.
+The phases are those that the trainer reports to its watchdog. The last step runs under the dispatch mode of
+roofline.py, unless SIM_ROOFLINE=0 omits it. The step before it is counted. The steps before that are a warm-up, so that
+nothing is compiled or allocated for the first time in the counted step.
 """
 
 import json
@@ -19,79 +19,83 @@ from tests.gpu.sim import report
 from tests.gpu.sim.roofline import Roofline
 from trainer.fault_tolerance.watchdog import Watchdog
 
-STEPS = 4  # of the run: train.steps
-COUNTED, LAST = 3, 4
+STEPS = 4  # train.steps of the run
+COUNTED_STEP = 3
+LAST_STEP = 4
 
 
 class Recorder:
-    """Hears of each phase, and writes everything to `path` in the end."""
+    """Is called at the start of each phase, and writes everything to `path` in the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.step, self.phase = 0, ""
-        self.started, self.launches = 0.0, 0
-        self.counts: list[dict[str, Any]] = []  # of the phases of the counted step, in their order
-        self.seconds: list[tuple[str, float]] = []  # of those and of the warm step before
-        self.memory: dict[str, int] = {}  # torch's peaks of the counted step and of the one before
+        self.step = 0
+        self.phase = ""
+        self.started = 0.0  # CPU time at which the phase started
+        self.launches = 0  # launches before the phase
+        self.counts: list[dict[str, Any]] = []  # one for each phase of the counted step, in their order
+        # the host's CPU time of the phases of the counted step and of the step before it
+        self.seconds: list[tuple[str, float]] = []
+        self.memory: dict[str, int] = {}  # torch's peaks during the counted step and the step before it
         self.roofline = Roofline()
-        self.micro_batch = 0  # of the step, from 1 on
+        self.micro_batch = 0  # number of the micro-batch in the step, from 1
 
     def install(self) -> None:
-        # Inductor says with each kernel what it reads and writes
+        # with this setting Inductor stores with each kernel how much it reads and writes
         import torch._inductor.config as inductor
 
         inductor.benchmark_combo_kernel = True
-        kind: Any = Watchdog
-        mark = kind.mark
+        watchdog_class: Any = Watchdog
+        mark = watchdog_class.mark
 
-        def heard(watchdog: Watchdog, phase: str, step: int | None = None) -> None:
+        def mark_and_record(watchdog: Watchdog, phase: str, step: int | None = None) -> None:
             mark(watchdog, phase, step)
-            self.hear(phase, step)
+            self.start_phase(phase, step)
 
-        kind.mark = heard
-        # The trainer resets torch's peaks with each line of metrics; only the recorder does now.
+        watchdog_class.mark = mark_and_record
+        # The trainer resets torch's peaks at each line of metrics; here only the recorder resets them.
         self.reset_peaks = torch.cuda.reset_peak_memory_stats
         torch.cuda.reset_peak_memory_stats = lambda device=None: None
 
-    def hear(self, phase: str, step: int | None) -> None:
-        """The phase before is over, and this one begins; step is given with the first of a kind in a step."""
-        self._close()
-        if self.step == LAST and phase == "saving":
-            self._end()
+    def start_phase(self, phase: str, step: int | None) -> None:
+        """End the current phase and start this one. `step` is given with the first phase of a step."""
+        self._end_phase()
+        if self.step == LAST_STEP and phase == "saving":
+            self._write_and_exit()
         if step is not None:
             self.step, self.micro_batch = step, 0
-            self._take_memory()
+            self._record_memory()
         else:
             self.micro_batch += phase == "forward"
         self.phase = phase
-        if self.step == LAST and phase != "data":
+        if self.step == LAST_STEP and phase != "data":
             self.roofline.phase = self._name()
             self.roofline.__enter__()
         report.reset()
         self.launches, self.started = report.launches(), time.process_time()
 
-    def _take_memory(self) -> None:
-        if self.step == COUNTED - 1:
+    def _record_memory(self) -> None:
+        if self.step == COUNTED_STEP - 1:
             self.reset_peaks()
-        elif self.step == LAST:
+        elif self.step == LAST_STEP:
             self.memory = torch.cuda.memory_stats()
             if os.environ.get("SIM_ROOFLINE") == "0":
-                self._end()
+                self._write_and_exit()
 
-    def _close(self) -> None:
+    def _end_phase(self) -> None:
         seconds = time.process_time() - self.started
-        if self.step == LAST and self.phase != "data":
+        if self.step == LAST_STEP and self.phase != "data":
             self.roofline.__exit__(None, None, None)
-            self.roofline.add_the_rest(report.launches() - self.launches)
-        if self.step == COUNTED:
+            self.roofline.add_unattributed(report.launches() - self.launches)
+        if self.step == COUNTED_STEP:
             self.counts.append({"phase": self._name(), "counts": report.counts()})
-        if self.step in (COUNTED - 1, COUNTED):
+        if self.step in (COUNTED_STEP - 1, COUNTED_STEP):
             self.seconds.append((self._name(), seconds))
 
     def _name(self) -> str:
         return f"{self.phase} {self.micro_batch}" if self.phase in ("forward", "backward") else self.phase
 
-    def _end(self) -> None:
+    def _write_and_exit(self) -> None:
         if os.environ.get("RANK", "0") == "0":
             self.path.write_text(
                 json.dumps(

@@ -1,4 +1,4 @@
-"""The counters of the simulated GPU, read from the stand-in of libcudart that is preloaded into this process."""
+"""Reads the counters of the simulated GPU from the stand-in for libcudart that is preloaded into this process."""
 
 import ctypes
 import functools
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 
 class Count(NamedTuple):
+    """How often something happened, and how many bytes it moved in total."""
+
     number: int
     bytes: int
 
@@ -30,9 +32,9 @@ def reset() -> None:
 
 
 def counts() -> Counts:
-    """What was counted since `reset`."""
+    """The counters since `reset`."""
     size = _library().sim_report(None, ctypes.c_long(0))
-    buffer = ctypes.create_string_buffer(size + (1 << 16))  # other threads may count meanwhile
+    buffer = ctypes.create_string_buffer(size + (1 << 16))  # other threads may add counters in between
     _library().sim_report(buffer, ctypes.c_long(len(buffer)))
     found: Counts = {}
     for line in buffer.value.decode(errors="replace").splitlines():

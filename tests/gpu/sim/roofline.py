@@ -1,10 +1,11 @@
-"""The least time that a device needs for what it is asked: bytes, products, launches of each operation.
+"""A lower bound of the device's time: the bytes, products and launches of each operation.
 
-An operation takes at least its bytes at BYTES_PER_SECOND, its products at FLOPS (FLOPS_FP32 in float32), and
-SECONDS_PER_LAUNCH for each launch; the sum is a floor, which assumes that nothing stays in a cache between two
-operations and that no two run at once. A dispatch mode sees the operations of ATen. Compiled ones do not pass it: they
-are counted where Inductor (by its own count of what a kernel reads and writes) and Triton (by the sizes of the tensors
-that a kernel gets) launch them. Messages are not in it.
+An operation needs at least the time for its bytes at BYTES_PER_SECOND, for its products at FLOPS (FLOPS_FP32 in
+float32), and SECONDS_PER_LAUNCH for each launch; the largest of the three counts. The sum over the operations is a
+lower bound if no data stays in a cache between two operations, and no two operations run at the same time. A dispatch
+mode sees ATen's operations. Compiled operations do not pass through it. They are counted when they are launched: for
+Inductor's kernels with Inductor's own number of bytes that a kernel reads and writes, for Triton's kernels with the
+sizes of the tensors that a kernel receives. Messages are not included.
 """
 
 import sys
@@ -21,18 +22,18 @@ from torch.utils.flop_counter import flop_registry
 
 from tests.gpu.sim import report
 
-BYTES_PER_SECOND = 2.8e12  # what an H100 reaches of its 3.35e12
-FLOPS = 5e14  # in bfloat16, of 9.9e14
+BYTES_PER_SECOND = 2.8e12  # an H100 reaches this much of its nominal 3.35e12
+FLOPS = 5e14  # products in bfloat16 per second, of nominally 9.9e14
 FLOPS_FP32 = 4.5e13
 SECONDS_PER_LAUNCH = 2.5e-6
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = tuple(str(ROOT / name) + "/" for name in ("model", "parallel", "trainer"))
-AUTOGRAD = "autograd"  # the place of what no line of the project asked for
+AUTOGRAD = "autograd"  # the place of operations that no function of the project calls
 aten = torch.ops.aten
-WRITE_ONLY = {aten.copy_, aten.zero_, aten.fill_}  # they do not read what they change
-GATHER = {aten.index_select, aten.gather, aten.embedding, aten.index}  # they read as much as they return
-SCATTER = {aten.scatter_, aten.scatter_add_, aten.index_fill_}  # and these change as much as their index has
+WRITE_ONLY = {aten.copy_, aten.zero_, aten.fill_}  # do not read the tensor that they change
+GATHER = {aten.index_select, aten.gather, aten.embedding, aten.index}  # read as much as they return
+SCATTER = {aten.scatter_, aten.scatter_add_, aten.index_fill_}  # change as many elements as their index has
 
 FORMULAS = {aten._grouped_mm: lambda a, b, *rest, **options: 2 * a.shape[0] * a.shape[1] * b.shape[-1], **flop_registry}
 
@@ -41,7 +42,7 @@ Measure = Callable[[Any, Any, Any], tuple[str, float, float]]  # kernel, args, o
 
 @dataclass
 class Cost:
-    """What one operation at one place in the project asked for, in sum over its calls."""
+    """The cost of one operation at one place in the project: sums over its calls."""
 
     phase: str
     place: str  # file and function
@@ -53,36 +54,35 @@ class Cost:
 
 
 class Roofline(TorchDispatchMode):
-    """Adds up costs while it is entered; `phase` is set from outside."""
+    """Adds up costs while it is active; the recorder sets `phase`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = ""
         self.costs: dict[tuple[str, str, str], Cost] = {}
-        self._attributed = 0  # launches that are in a cost
-        self._entered_at = 0
-        self._before: list[tuple[Any, Callable[..., Any]]] = []
+        self._attributed = 0  # launches that are part of a cost
+        self._replaced: list[tuple[Any, Callable[..., Any]]] = []
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # or compiled functions would run uncompiled
+        return True  # otherwise compiled functions would run uncompiled
 
     def __enter__(self) -> "Roofline":
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
         from triton.runtime.jit import JITFunction
 
-        launchers: list[tuple[Any, Measure]] = [(CachingAutotuner, _of_inductor), (JITFunction, _of_triton)]
-        for kind, measure in launchers:
-            self._before.append((kind, kind.run))
-            kind.run = self._measured(kind.run, measure)
+        launchers: list[tuple[Any, Measure]] = [(CachingAutotuner, _inductor_kernel), (JITFunction, _triton_kernel)]
+        for launcher, measure in launchers:
+            self._replaced.append((launcher, launcher.run))
+            launcher.run = self._measured(launcher.run, measure)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        while self._before:
-            kind, run = self._before.pop()
-            kind.run = run
+        while self._replaced:
+            launcher, run = self._replaced.pop()
+            launcher.run = run
 
     def _measured(self, run: Callable[..., Any], measure: Measure) -> Callable[..., Any]:
         def measured(kernel: Any, *args: Any, **options: Any) -> Any:
@@ -101,12 +101,14 @@ class Roofline(TorchDispatchMode):
         out = func(*args, **kwargs)
         if launches := report.launches() - before - (self._attributed - inside):
             dtypes = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor)}
-            rate = FLOPS if dtypes & {torch.bfloat16, torch.float16} else FLOPS_FP32  # sums may be wider than factors
+            is_half = dtypes & {torch.bfloat16, torch.float16}  # the sums may have a wider dtype than the factors
+            rate = FLOPS if is_half else FLOPS_FP32
             flops = flops_of(func, args, kwargs, out)
             self.add(str(func._overloadpacket), launches, bytes_of(func, args, kwargs, out), flops, rate)
         return out
 
     def add(self, name: str, launches: int, size: float, flops: float, rate: float) -> None:
+        """Add an operation that moves `size` bytes and computes `flops` operations at `rate` per second."""
         self._attributed += launches
         key = (self.phase, place(), name)
         cost = self.costs.setdefault(key, Cost(*key))
@@ -115,8 +117,8 @@ class Roofline(TorchDispatchMode):
         cost.flops += flops
         cost.seconds += max(size / BYTES_PER_SECOND, flops / rate, SECONDS_PER_LAUNCH * launches)
 
-    def add_the_rest(self, launches: int) -> None:
-        """Launches of the phase that no cost has, if there are any, of `launches` in all."""
+    def add_unattributed(self, launches: int) -> None:
+        """Add those of the phase's `launches` that are not part of any cost yet."""
         known = sum(cost.launches for cost in self.costs.values() if cost.phase == self.phase)
         if launches > known:
             self.add("unknown", launches - known, 0, 0, FLOPS)
@@ -134,13 +136,13 @@ def place() -> str:
 
 
 def size_of(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors on a device; an expanded one holds fewer than it shows."""
+    """Bytes of the tensors that are on a device. An expanded tensor has less storage than its shape suggests."""
     local = (getattr(t, "_local_tensor", t) for t in tensors if isinstance(t, Tensor))
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in local if t.is_cuda)
 
 
 def bytes_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """What an operation reads, and what it writes."""
+    """The bytes that an operation reads and writes."""
     packet, schema = func._overloadpacket, func._schema
     read, changed = [], []
     for argument, value in zip(schema.arguments, args, strict=False):
@@ -165,12 +167,14 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     formula = FORMULAS.get(func._overloadpacket)
     if formula is None:
         return 0.0
-    args = [a for a in args if not isinstance(a, torch.dtype)]  # of the result; the formulas do not know it
+    args = [
+        a for a in args if not isinstance(a, torch.dtype)
+    ]  # the dtype of the result, which the formulas do not accept
     flops = float(formula(*args, **kwargs, out_val=out))
-    return flops / 2 if "scaled_dot_product" in str(func) else flops  # causal: half of the scores
+    return flops / 2 if "scaled_dot_product" in str(func) else flops  # causal attention needs half of the scores
 
 
-def _of_inductor(kernel: Any, args: Any, options: Any) -> tuple[str, float, float]:
+def _inductor_kernel(kernel: Any, args: Any, options: Any) -> tuple[str, float, float]:
     size = kernel.inductor_meta.get("kernel_num_gb")
     return (
         f"inductor {kernel.inductor_meta.get('kernel_name', kernel.fn.__name__)}",
@@ -179,5 +183,5 @@ def _of_inductor(kernel: Any, args: Any, options: Any) -> tuple[str, float, floa
     )
 
 
-def _of_triton(kernel: Any, args: Any, options: Any) -> tuple[str, float, float]:
+def _triton_kernel(kernel: Any, args: Any, options: Any) -> tuple[str, float, float]:
     return f"triton {kernel.fn.__name__}", size_of([*args, *options.values()]), 0.0

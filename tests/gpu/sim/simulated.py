@@ -1,13 +1,13 @@
-"""One process of a run on simulated GPUs: `trainer.main`, with what would break without results from a device replaced.
+"""One process of a run on simulated GPUs: `trainer.main`, with replacements for code that needs a device's results.
 
     python -m tests.gpu.sim.simulated --config launch/tiny.yaml ...     with the libraries of build.py preloaded
 
-Whatever is read back from the device is zero. Most of the trainer works with that. What does not is replaced here and
-nowhere else, so this is the file to adapt if a change of the trainer breaks only the simulation.
+Every value that is read back from the device is zero. Most of the trainer works with zeros. The code that does not is
+replaced here and nowhere else, so this is the file to adapt if a change of the trainer breaks only the simulation.
 
-Environment: SIM_SKEW=1 sends all rows of the exchange to the last rank. SIM_INIT=0 skips drawing the initial weights,
-which takes minutes for a large model. SIM_VOCAB gives the model another vocabulary than the corpus has. SIM_RECORD=FILE
-makes the run a recording, see record.py.
+Environment: SIM_SKEW=1 sends all rows of the exchange to the last rank. SIM_INIT=0 skips the initial weights, which a
+CPU needs minutes to draw for a large model. SIM_VOCAB replaces the size of the corpus's vocabulary. SIM_RECORD=FILE
+records the run, see record.py.
 """
 
 import fcntl
@@ -26,13 +26,13 @@ from model.transformer import Transformer
 from trainer.cli import guarded
 from trainer.fault_tolerance.launcher import exit_now
 
-SEGMENT = 64  # tokens of the segments that `Groups` gets
+SEGMENT = 64  # tokens of each segment that is given to `Groups`
 
 
 def prepare() -> None:
-    _leave_out_cudnn_attention()
-    _give_sizes_to_the_exchange()
-    _give_segments_to_groups()
+    _disable_cudnn_attention()
+    _replace_sizes_of_exchange()
+    _replace_segments_of_attention()
     _stage_one_rank_at_a_time()
     if os.environ.get("SIM_INIT") == "0":
         Transformer.init_weights = lambda self, seed, local=None: None  # type: ignore[method-assign]
@@ -45,16 +45,16 @@ def prepare() -> None:
         Recorder(Path(path)).install()
 
 
-def _leave_out_cudnn_attention() -> None:
-    """cuDNN plans its attention on a device. SDPA takes its next choice, which on an H100 is flash attention."""
-    switches: Any = torch._C
-    switch = switches._set_sdp_use_cudnn
-    switches._set_sdp_use_cudnn = lambda enabled: switch(False)
+def _disable_cudnn_attention() -> None:
+    """cuDNN makes the plans of its attention on a device. Without it SDPA uses flash attention on an H100."""
+    torch_c: Any = torch._C
+    set_cudnn = torch_c._set_sdp_use_cudnn
+    torch_c._set_sdp_use_cudnn = lambda enabled: set_cudnn(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _give_sizes_to_the_exchange() -> None:
-    """Every rank sends the same number of rows to each, or with SIM_SKEW all to the last one."""
+def _replace_sizes_of_exchange() -> None:
+    """Each rank sends the same number of rows to each rank, or with SIM_SKEW all rows to the last rank."""
     kind: Any = parallel.experts.Exchange
     call, sizes = kind.__call__, kind.sizes
 
@@ -63,7 +63,7 @@ def _give_sizes_to_the_exchange() -> None:
         return call(self, rows, *rest)
 
     def replaced(self: Any, *counts: Any) -> Any:
-        asked = sizes(self, *counts)  # it waits for the device as it would
+        asked = sizes(self, *counts)  # it waits for the device, as in a real run
         ranks, slots = self.owners.ranks, self.owners.slots
         if os.environ.get("SIM_SKEW"):
             last = self.mesh.get_local_rank("expert") == ranks - 1
@@ -76,14 +76,14 @@ def _give_sizes_to_the_exchange() -> None:
     kind.__call__, kind.sizes = remember_rows, replaced
 
 
-def _give_segments_to_groups() -> None:
-    """Groups of segments are laid out by the CPU, from starts that it reads from the device."""
+def _replace_segments_of_attention() -> None:
+    """The CPU groups segments by their starts, which it reads from the device. Here each has SEGMENT tokens."""
     kind: Any = model.segments.Groups
     init = kind.__init__
 
     def replaced(self: Any, starts: torch.Tensor, device: torch.device) -> None:
         if starts.device.type == "cuda":
-            starts.flatten().nonzero()[:, 0].cpu()  # as it would
+            starts.flatten().nonzero()[:, 0].cpu()  # it waits for the device, as in a real run
             starts = torch.arange(starts.numel()).view(starts.shape) % SEGMENT == 0
         init(self, starts, device)
 
@@ -91,7 +91,10 @@ def _give_segments_to_groups() -> None:
 
 
 def _stage_one_rank_at_a_time() -> None:
-    """The staging memory of a save is filled with zeros, and given back when it is locked: see cudaHostRegister."""
+    """Fill staging memory with zeros on one rank at a time, which limits the memory that ranks use at the same time.
+
+    The simulated cudaHostRegister frees the pages of zeros again.
+    """
     kind: Any = trainer.checkpoint.layout.StagingBuffer
     folder = os.environ.get("SIM_GPU_FOLDER")
     init = kind.__init__

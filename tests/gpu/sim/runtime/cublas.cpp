@@ -1,4 +1,4 @@
-// Products without a GPU, in the place of libcublas: each is counted as a kernel (the generated ones, too: build.py).
+// Products without a GPU, replaces libcublas. Each product is counted as a kernel, also in generated functions (build.py).
 #include <cublas_v2.h>
 
 #include "simulated.h"

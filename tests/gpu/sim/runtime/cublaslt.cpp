@@ -1,4 +1,4 @@
-// Products without a GPU, in the place of libcublasLt: a plan is always found, and each product is counted as a kernel.
+// Products without a GPU, replaces libcublasLt. A plan is always found, and each product is counted as a kernel.
 #include <cublasLt.h>
 
 #include <cstring>

@@ -1,15 +1,15 @@
-// A CUDA runtime without a GPU, in the place of libcudart.
+// A CUDA runtime without a GPU, which replaces libcudart.
 //
 // - Kernels compute nothing; each launch is counted by the kernel's name.
-// - Device memory is address space that nobody may touch: code on the host that did would crash, as on a real machine.
-//   What is copied to the device is dropped; what is copied back is zeros. So a simulated run of any size fits into a
-//   small machine, and sees zeros wherever it waits for a result.
-// - Memory that the device could lock (pinned) is ordinary memory of the host.
+// - Device memory is address space without access: code on the host that reads or writes it crashes, as on a real machine.
+//   Data that is copied to the device is dropped; a copy back to the host writes zeros. So a simulated run of any size
+//   fits into a small machine, and reads zeros whenever it waits for a result.
+// - Pinned memory is ordinary memory of the host.
 // All other functions of the library are generated: they return 0 (success) and are counted, see build.py.
 //
-// Environment: SIM_GPU_CARD (H100, A100, ...), SIM_GPU_COUNT, SIM_GPU_GIB (memory of each card), SIM_GPU_DRIVER (version of
-// the driver: below 13000 there are no devices), SIM_GPU_NO_LOCKED_MEMORY=1 (cudaHostRegister fails, as where the limit of
-// locked memory is low).
+// Environment: SIM_GPU_CARD (H100, A100, ...), SIM_GPU_COUNT, SIM_GPU_GIB (memory of each GPU), SIM_GPU_DRIVER (version of
+// the driver: below 13000 there are no devices), SIM_GPU_NO_LOCKED_MEMORY=1 (cudaHostRegister fails, as it does if the
+// limit of locked memory is low).
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -37,7 +37,7 @@ constexpr Card CARDS[] = {
     {"RTX5090", "NVIDIA GeForce RTX 5090", 120, 170, 1536, 101376, 32},
 };
 constexpr size_t PAGE = 4096;
-constexpr size_t LARGE = 1 << 20;  // bytes from which zeros in locked memory cost no memory
+constexpr size_t LARGE = 1 << 20;  // for at least this many bytes, zeros in pinned memory use no physical memory
 
 struct Counter {
   long number = 0, bytes = 0;
@@ -46,11 +46,11 @@ struct Block {
   size_t size;
   cudaMemoryType kind;
   int device;
-  bool ours;  // made by mmap here, not registered
+  bool ours;  // allocated by mmap in this file, not registered by the caller
 };
 
 std::mutex mutex;
-// Never destroyed: kernels are registered before and counted after the lifetime of static objects.
+// These objects are never destroyed: kernels are registered before, and counted after the lifetime of static objects.
 std::map<std::string, Counter>& counters() { static auto* m = new std::map<std::string, Counter>; return *m; }
 std::unordered_map<const void*, std::string>& kernels() {
   static auto* m = new std::unordered_map<const void*, std::string>;
@@ -90,7 +90,7 @@ void* allocate(size_t size, cudaMemoryType kind) {
   return pointer;
 }
 
-void release_zero_pages(char* start, size_t size) {  // of private anonymous memory: they read as zeros afterwards, too
+void release_zero_pages(char* start, size_t size) {  // pages of private anonymous memory, which still read as zeros afterwards
   char* first = (char*)(((size_t)start + PAGE - 1) & ~(PAGE - 1));
   char* end = (char*)(((size_t)start + size) & ~(PAGE - 1));
   if (first < end) madvise(first, end - first, MADV_DONTNEED);
@@ -136,7 +136,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t shared) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   if (shared > sim_card()->shared_memory_per_block) {
-    fprintf(stderr, "simulated GPU: %zu bytes of shared memory are more than the card has: %s\n", shared, name.c_str());
+    fprintf(stderr, "simulated GPU: %zu bytes of shared memory are more than the GPU has: %s\n", shared, name.c_str());
     return last_error = cudaErrorInvalidValue;
   }
   count("kernel " + name);
@@ -166,7 +166,7 @@ long sim_launches() { return launches; }
 
 void sim_reset() { std::lock_guard<std::mutex> guard(mutex); counters().clear(); }
 
-// Lines "number<tab>bytes<tab>name" into `out`; returns the size that is needed, with the final zero.
+// Writes lines "number<tab>bytes<tab>name" to `out`. Returns the needed size, including the final zero.
 long sim_report(char* out, long size) {
   std::lock_guard<std::mutex> guard(mutex);
   std::string text;
@@ -187,7 +187,7 @@ const Card* sim_card() {
     const char* key = getenv("SIM_GPU_CARD");
     for (const Card& card : CARDS)
       if (key && !strcmp(key, card.key)) return &card;
-    if (key) { fprintf(stderr, "SIM_GPU_CARD=%s: no such card\n", key); exit(2); }
+    if (key) { fprintf(stderr, "SIM_GPU_CARD=%s: unknown GPU model; see CARDS in tests/gpu/sim/runtime/cudart.cpp\n", key); exit(2); }
     return &CARDS[0];
   }();
   return card;
@@ -195,7 +195,7 @@ const Card* sim_card() {
 
 int sim_device_count() { return old_driver() ? 0 : setting("SIM_GPU_COUNT", 1); }
 
-// virtual memory management, for the driver's stand-in
+// virtual memory management, for the stand-in of the driver
 
 void* sim_reserve(size_t size) {
   void* start = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -218,7 +218,7 @@ void sim_unmap(void* start, size_t size) {
   all.erase(all.lower_bound((char*)start), all.lower_bound((char*)start + size));
 }
 
-// kernels: nvcc's code registers each before main, and launches it by the address of its host function
+// kernels: the code of nvcc registers each kernel before main, and launches it by the address of its host function
 
 void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
 void __cudaRegisterFatBinaryEnd(void**) {}
@@ -264,7 +264,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes* a, const void*) {
   memset(a, 0, sizeof *a);
   a->maxThreadsPerBlock = 1024;
   a->numRegs = 64;
-  a->binaryVersion = a->ptxVersion = sim_card()->capability == 89 ? 86 : sim_card()->capability;  // torch has none of 89
+  a->binaryVersion = a->ptxVersion = sim_card()->capability == 89 ? 86 : sim_card()->capability;  // torch has no binaries for 89
   a->maxDynamicSharedSizeBytes = sim_card()->shared_memory_per_block;
   return cudaSuccess;
 }
@@ -355,7 +355,7 @@ cudaError_t cudaDeviceGetPCIBusId(char* s, int n, int d) { snprintf(s, n, "0000:
 cudaError_t cudaDeviceCanAccessPeer(int* v, int a, int b) { *v = a != b; return cudaSuccess; }
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) { *pool = (cudaMemPool_t)64; return cudaSuccess; }
 
-// streams and events: all is done at once
+// streams and events: all work is complete as soon as it is launched
 
 cudaError_t cudaDeviceSynchronize() { return wait("cudaDeviceSynchronize"); }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return wait("cudaStreamSynchronize"); }
@@ -474,7 +474,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemset(void*, int, size_t n) { count("memset", n); launches++; return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void*, int, size_t n, cudaStream_t) { count("memset", n); launches++; return cudaSuccess; }
 
-// errors, and the driver's functions that torch asks for by name
+// errors, and the functions of the driver that torch looks up by name
 
 cudaError_t cudaGetLastError() { cudaError_t e = last_error; last_error = cudaSuccess; return e; }
 cudaError_t cudaPeekAtLastError() { return last_error; }

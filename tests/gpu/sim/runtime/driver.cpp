@@ -1,4 +1,4 @@
-// The driver without a GPU, in the place of libcuda, for Triton and Inductor: modules load, kernels compute nothing and
+// The driver without a GPU, replaces libcuda for Triton and Inductor. Modules can be loaded; kernels compute nothing and
 // are counted by name.
 #include <cuda.h>
 #include <cuda_runtime_api.h>

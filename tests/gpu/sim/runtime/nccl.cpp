@@ -1,7 +1,7 @@
-// NCCL without a GPU: communicators are made, messages are counted with the bytes that leave this rank on a ring.
+// NCCL without a GPU: communicators are created, and messages are counted with the bytes that leave this rank on a ring.
 //
-// A process cannot know by itself how many ranks a split leaves in its communicator: the ranks leave their colors in the
-// folder SIM_GPU_FOLDER, which they share, and wait for one another there, as NCCL does.
+// A process alone cannot know how many ranks are in its communicator after a split. So the ranks write their colors to
+// files in the shared folder SIM_GPU_FOLDER, and wait there for the files of all ranks, as NCCL waits for the ranks.
 #include <nccl.h>
 #include <unistd.h>
 
@@ -16,7 +16,7 @@
 namespace {
 
 struct Communicator {
-  std::string id;  // the same on all its ranks, and nowhere else
+  std::string id;  // the same on all ranks of this communicator, different for each communicator
   int ranks, rank;
   int splits = 0;
 };

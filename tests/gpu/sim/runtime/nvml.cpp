@@ -1,5 +1,6 @@
-// The management library, in the place of libnvidia-ml: what the caching allocator asks before it uses virtual memory.
-// No GPU is part of a fabric, as the zeros in what the allocator passes already say. All functions report success.
+// Replaces the management library libnvidia-ml: the functions that the caching allocator calls before it uses virtual
+// memory. No GPU is part of a fabric: the allocator's buffers contain zeros, which already mean that. All functions
+// return success.
 extern "C" {
 int nvmlInit_v2() { return 0; }
 int nvmlDeviceGetHandleByPciBusId_v2(const char*, void** device) { *device = (void*)64; return 0; }

@@ -1,4 +1,4 @@
-// What the stand-in libraries share: the counters and the simulated card. Both live in the stand-in of libcudart.
+// Shared by the stand-in libraries: the counters and the simulated GPU model. Both are defined in the stand-in of libcudart.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -9,19 +9,19 @@ struct Card {
   int capability;                    // 90 is sm_90
   int processors;                    // streaming multiprocessors
   int threads_per_processor;
-  size_t shared_memory_per_block;    // the most that a kernel can opt in to
+  size_t shared_memory_per_block;    // the largest size that a kernel can request
   size_t memory_gib;
 };
 
 extern "C" {
-// Adds to the counter `name`: how often it happened, and how many bytes that moved (0 if it moves none).
+// Adds to the counter `name`: `number` events, which moved `bytes` bytes in total.
 void sim_count(const char* name, long number, long bytes);
 const Card* sim_card();
 int sim_device_count();
-// Virtual memory management: ranges of addresses, physical memory, and the one mapped into the other.
+// Virtual memory management: ranges of addresses, physical memory, and the mapping of memory to addresses.
 void* sim_reserve(size_t size);
 void sim_unreserve(void* start, size_t size);
-bool sim_take_memory(int device, size_t size);  // false if the card has no more
+bool sim_take_memory(int device, size_t size);  // false if the GPU has too little free memory
 void sim_return_memory(int device, size_t size);
 void sim_map(void* start, size_t size, int device);
 void sim_unmap(void* start, size_t size);

@@ -1,3 +1,3 @@
-// As cuda_fp16.h here.
+// See cuda_fp16.h in this folder.
 #pragma once
 struct __nv_bfloat16;

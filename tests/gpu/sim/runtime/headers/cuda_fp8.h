@@ -1,2 +1,2 @@
-// As cuda_fp16.h here; nothing of it is needed.
+// See cuda_fp16.h in this folder. No name of this header is needed.
 #pragma once

@@ -1,3 +1,3 @@
-// As cuda_fp16.h here: NCCL's header needs the types of the runtime's C interface alone.
+// See cuda_fp16.h in this folder. NCCL's header only needs the types of the runtime's C interface.
 #pragma once
 #include <cuda_runtime_api.h>

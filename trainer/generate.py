@@ -101,7 +101,7 @@ def generate_batch(
                     if len(ids[row]) < ends[row]:
                         going.append(place)
             if 0 < len(going) < len(rows):
-                cache.keep(going)
+                cache.keep_rows(going)
             rows = [rows[place] for place in going]
             tokens = [ids[row][-1:] for row in rows]
     finally:

@@ -124,7 +124,7 @@ def forward(run: Run, micro_batch: Batch, shares: Tensor | None = None) -> Outpu
     if random:  # made on the CPU, where so few numbers cost less than the launches of their operations
         keys = site_keys(sequence_keys(run.config.train.seed, run.step, micro_batch.index), model.n_layers)
         keys = to_device(keys, run.device)
-    return run.model(b.tokens, b.targets, b.positions, b.documents, keys, shares=shares)
+    return run.model(b.tokens, b.targets, b.positions, b.documents, keys, load_shares=shares)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The same numbers as `Llama4ForCausalLM` of transformers, as installed: logits, and the gradients of the loss."""
+"""Logits, and gradients of the loss, equal those of `Llama4ForCausalLM` in the installed version of transformers."""
 
 from contextlib import contextmanager
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from model.attention import rope_frequencies
 from model.config import ModelConfig, RopeScaling
 from model.moe import Router
+from model.rope import rope_frequencies
 from model.transformer import Transformer
 from tests.support.run_cases import narrowest
 from trainer.hub.mapping import pieces, to_llama
@@ -48,16 +48,16 @@ configs = st.builds(
     tie_embeddings=st.booleans(),
 )
 drawn = st.tuples(configs, st.booleans(), st.integers(0, 99))
-few = settings(
+few_examples = settings(
     max_examples=12,
     deadline=None,
-    phases=[Phase.explicit, Phase.generate],  # a failure shows by its keys; no search
+    phases=[Phase.explicit, Phase.generate],  # no search for a smaller example
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 
 
 def both(config, seed, dtype):
-    """Our model and theirs with the same weights, of ordinary size, norms included."""
+    """The model and the one of transformers with the same weights, of ordinary size, also those of norms."""
     ours = Transformer(config, VOCAB)
     ours.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def both(config, seed, dtype):
 
 
 def named(config, get):
-    """What `get` says of each of our tensors, under their names."""
+    """The result of `get` for each of our tensors, under its name in transformers."""
     for piece in pieces(config, VOCAB):
         if piece.plain:
             yield piece.theirs, get(piece.ours)[piece.first : piece.first + piece.shape[0]].detach()
@@ -86,7 +86,7 @@ def tokens_of(seed, length=60):
 
 
 def logits_of(ours, tokens):
-    """Our logits, if no choice of an expert is so near that rounding may turn it."""
+    """Our logits, if no choice of an expert is a near tie that rounding may decide differently."""
     gaps = [1.0]
     hooks = [
         module.register_forward_hook(lambda router, inputs, _: gaps.append(narrowest(router, *inputs)))
@@ -102,13 +102,13 @@ def logits_of(ours, tokens):
 
 @contextmanager
 def wide_casts(patch=pytest.MonkeyPatch):
-    """Their casts to fp32 keep fp64, and positions become it."""
+    """Casts to fp32 in transformers keep fp64, and positions become fp64."""
     with patch.context() as p:
         p.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
 
-@few
+@few_examples
 @given(drawn)
 def test_logits_and_gradients_in_fp32(case):
     config, two, seed = case
@@ -133,8 +133,8 @@ FAR = [0, 8_191, 131_072, 1_000_000]
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-def test_positions_far_from_the_start(theta):
-    """The last bit of a frequency shows at far positions: RoPE has the same ones, also at the width of a real head."""
+def test_logits_at_positions_far_from_the_start(theta):
+    """Far positions show the last bit of a frequency. Frequencies are equal, also at the width of a real head."""
     scalings = [None, RopeScaling(), RopeScaling(factor=16, high_freq_factor=1, original_max_position_embeddings=64)]
     rotary = transformers.models.llama4.modeling_llama4.Llama4TextRotaryEmbedding
     for scaling in scalings:
@@ -150,8 +150,8 @@ def test_positions_far_from_the_start(theta):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
 
-def test_real_sizes_of_chunk_and_floor():
-    """8,200 tokens, past the borders of Llama 4's own chunk and temperature floor."""
+def test_logits_with_the_chunk_and_floor_of_llama_4():
+    """8,200 tokens: more than a chunk and a temperature floor of Llama 4."""
     config = ModelConfig(
         dim=16,
         n_layers=2,
@@ -171,7 +171,7 @@ def test_real_sizes_of_chunk_and_floor():
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
 
-def test_sure_routers_choose_alike():
+def test_large_router_logits_choose_the_same_experts():
     """Logits above 17, whose sigmoids are all 1 in fp32."""
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, expert_dim=8, n_experts=7, nope_every=0)
     ours, theirs = both(config, 1, torch.float32)
@@ -182,10 +182,10 @@ def test_sure_routers_choose_alike():
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=2e-5)
 
 
-@few
+@few_examples
 @given(drawn)
 def test_logits_in_fp64(case):
-    """As installed, and to the last digits where their casts are not in the way."""
+    """As installed; and to the last digits if casts to fp32 in transformers are disabled."""
     config, two, seed = case
     config = config.model_copy(update={"top_k": min(1 + two, config.n_experts)})
     ours, theirs = both(config, seed, torch.float64)

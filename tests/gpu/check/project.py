@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import parallel.build
+from model.grouped import grouped_product
+from model.initial_values import Constant, initial_values
 from model.loss import IGNORE, Loss, linear_cross_entropy
-from model.moe import grouped_product
 from model.precision import weights_unchanged
 from model.random import dropout, fold, normal, random_bytes, sequence_keys, site_keys
 from model.transformer import Transformer
@@ -116,9 +117,11 @@ def build_model(
 def _fill(model: Transformer, *_: Any) -> None:
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        std = model.initial_std(name)
-        part = fsdp.local(parameter)
-        part.normal_(0, std) if std else part.fill_(1)
+        values, part = initial_values(model, name), fsdp.local(parameter)
+        if isinstance(values, Constant):
+            part.fill_(values.value)
+        else:
+            part.normal_(0, values.std)
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from trainer.cli import guarded
 from trainer.fault_tolerance.launcher import exit_now
 
-SEGMENT = 64  # tokens of the segments that `Groups` gets
+SEGMENT = 64  # tokens of the segments that `SegmentGroups` gets
 
 
 def prepare() -> None:
@@ -55,30 +55,30 @@ def _leave_out_cudnn_attention() -> None:
 
 def _give_sizes_to_the_exchange() -> None:
     """Every rank sends the same number of rows to each, or with SIM_SKEW all to the last one."""
-    kind: Any = parallel.experts.Exchange
-    call, sizes = kind.__call__, kind.sizes
+    kind: Any = parallel.experts.AllToAllExchange
+    dispatch, read_splits = kind.dispatch, kind.read_splits
 
     def remember_rows(self: Any, rows: Any, *rest: Any) -> Any:
         self.simulated_rows = len(rows)
-        return call(self, rows, *rest)
+        return dispatch(self, rows, *rest)
 
     def replaced(self: Any, *counts: Any) -> Any:
-        asked = sizes(self, *counts)  # it waits for the device as it would
-        ranks, slots = self.owners.ranks, self.owners.slots
+        asked = read_splits(self, *counts)  # it waits for the device as it would
+        ranks, slots = self.placement.ranks, self.placement.slots
         if os.environ.get("SIM_SKEW"):
             last = self.mesh.get_local_rank("expert") == ranks - 1
-            to, come = [0] * (ranks - 1) + [self.simulated_rows], [self.simulated_rows if last else 0] * ranks
+            send, receive = [0] * (ranks - 1) + [self.simulated_rows], [self.simulated_rows if last else 0] * ranks
         else:
-            to = come = [self.simulated_rows // ranks] * ranks
-        slot = [sum(come) // slots + (i < sum(come) % slots) for i in range(slots)]
-        return (to, come, slot)[: len(asked)]
+            send = receive = [self.simulated_rows // ranks] * ranks
+        slot = [sum(receive) // slots + (i < sum(receive) % slots) for i in range(slots)]
+        return (send, receive, slot)[: len(asked)]
 
-    kind.__call__, kind.sizes = remember_rows, replaced
+    kind.dispatch, kind.read_splits = remember_rows, replaced
 
 
 def _give_segments_to_groups() -> None:
     """Groups of segments are laid out by the CPU, from starts that it reads from the device."""
-    kind: Any = model.segments.Groups
+    kind: Any = model.segments.SegmentGroups
     init = kind.__init__
 
     def replaced(self: Any, starts: torch.Tensor, device: torch.device) -> None:

@@ -16,13 +16,13 @@ from model.segments import AttentionMask, chunk_mask, document_masks
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What the layers of one forward share."""
+    """The inputs that all layers of one forward share."""
 
     is_real: Tensor  # (B, S) bool: whether a token counts; the others are sent to no expert
     positions: Tensor  # (B or 1, S), from 0
     rope: Tensor  # (B or 1, S, 1, head_dim / 2, 2), see `rope_table`
     full_mask: AttentionMask | None  # of NoPE layers; None: a token sees the whole row up to itself
-    chunk_mask: AttentionMask | None  # of RoPE layers
+    chunked_mask: AttentionMask | None  # of RoPE layers
     rng_keys: Tensor | None  # (n_layers + 1, SITES, B), see `random.site_keys`; None: no dropout and no router noise
     load_shares: Tensor | None  # (MoE layers, E): share of the global batch's load, for the auxiliary loss
     cache: KVCache | None  # keys and values of earlier tokens, in generation
@@ -68,8 +68,8 @@ class ForwardContext:
         return self.rng_keys[0 if layer is None else layer + 1, site]
 
     def attention_mask(self, uses_rope: bool) -> AttentionMask | None:
-        """What the tokens of a layer see; None: the whole row up to themselves."""
-        return self.chunk_mask if uses_rope else self.full_mask
+        """The mask of a layer; None: each token sees the whole row up to itself."""
+        return self.chunked_mask if uses_rope else self.full_mask
 
     def layer_cache(self, layer: int) -> LayerCache | None:
         return None if self.cache is None else self.cache.layers[layer]

@@ -40,7 +40,7 @@ def residual_normal(fan_in: int, n_layers: int) -> Normal:
 
 
 def initial_values(model: nn.Module, name: str) -> InitialValues:
-    """What the owner of parameter `name` declares for it. Raises LookupError if it declares nothing."""
+    """The values that the module of parameter `name` declares for it. Raises LookupError if it declares none."""
     path, _, parameter = name.rpartition(".")
     owner = model.get_submodule(path)
     declared: dict[str, InitialValues] = getattr(owner, "initial_values", {})

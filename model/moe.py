@@ -9,7 +9,7 @@ One layer, step by step:
     combine     the experts' outputs -> the processes that sent the rows
     unpermute   the sum of each token's outputs, and of the shared expert's -> (T, D)
 
-`Exchange` is the interface of dispatch and combine. Here, all experts are on one process (`LocalExchange`);
+Dispatch and combine are the interface `Exchange` (`exchange.py`). In this package all experts are on one process;
 `parallel/experts.py` spreads them over many. The shared expert runs while rows are in flight: its first half during
 dispatch, its second half during combine.
 
@@ -21,8 +21,7 @@ nor evaluation counts them again.
 Letters: B batch, S sequence, T = B*S tokens, D dim, F hidden, E experts, K top-k, R rows.
 """
 
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.context import ForwardContext
+from model.exchange import Exchange, LocalExchange
 from model.feed_forward import FeedForward, swiglu
 from model.grouped import can_group, grouped_product, per_row_matmul
 from model.initial_values import residual_normal, scaled_normal
@@ -173,67 +173,6 @@ class SharedExpert(FeedForward):
     def project_up(self, x: Tensor) -> Tensor:
         """The first half: x (..., D) -> (..., F)."""
         return super().project_up(x)
-
-
-class ReceivedRows(NamedTuple):
-    """The rows for the experts of this process: the arguments of `Experts.forward`."""
-
-    rows: Tensor  # (R, D), sorted by expert
-    counts: Tensor  # (experts of this process,): rows of each expert
-    host_counts: list[int] | None  # the same numbers, if the host knows them
-
-
-class DispatchHandle(Protocol):
-    """Rows in flight to their experts."""
-
-    def wait(self) -> ReceivedRows: ...
-
-
-class CombineHandle(Protocol):
-    """Outputs of experts in flight to the processes that sent the rows."""
-
-    def wait(self) -> Tensor:
-        """Returns the outputs (R, D) in the order in which the rows were dispatched."""
-
-
-class Exchange(Protocol):
-    """Sends rows to the processes that hold their experts, and the experts' outputs back.
-
-    Each call only starts a transfer; `wait` of the handle that it returns finishes it. Work that is placed between the
-    two runs beside the transfer.
-    """
-
-    def dispatch(self, rows: Tensor, loads: Tensor) -> DispatchHandle:
-        """Start to send rows (R, D), sorted by expert; loads (E,) are the rows of each expert.
-
-        Rows beyond the sum of the loads are padding, and are not sent.
-        """
-
-    def combine(self, outputs: Tensor, dispatched: Any) -> CombineHandle:
-        """Start to send back the outputs (R, D) for the rows that were received by the handle `dispatched`."""
-
-
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Finished(Generic[Result]):
-    """The handle of a transfer that needs no time."""
-
-    result: Result
-
-    def wait(self) -> Result:
-        return self.result
-
-
-class LocalExchange:
-    """The exchange if all experts are on this process: rows stay where they are."""
-
-    def dispatch(self, rows: Tensor, loads: Tensor) -> Finished[ReceivedRows]:
-        return Finished(ReceivedRows(rows, loads, None))
-
-    def combine(self, outputs: Tensor, dispatched: Finished[ReceivedRows]) -> Finished[Tensor]:
-        return Finished(outputs)
 
 
 class RoutedRows(NamedTuple):

@@ -30,7 +30,7 @@ FusedAttention = Callable[..., Tensor]
 
 
 class AttentionMask(Protocol):
-    """What the tokens of a forward see, if that is not the whole row up to themselves."""
+    """Attention in which tokens do not see the whole row up to themselves."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
         """q (B, S, H, head_dim), k and v (B, S, KV, head_dim) -> (B, S, H, head_dim)."""

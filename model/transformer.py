@@ -33,7 +33,7 @@ class Output(NamedTuple):
     loss: Tensor | None  # the sum over all targets but IGNORE; None without targets
     logits: Tensor | None  # (B, S, V); None with targets
     loads: Tensor  # (MoE layers, E) int64: real tokens sent to each expert
-    penalty: Tensor  # what the auxiliary loss and the z-loss of the routers add to the loss; a sum like the loss
+    penalty: Tensor  # the sum of the routers' auxiliary loss and z-loss, times their weights; to be added to the loss
     statistics: Tensor  # (MoE layers, 3), see `moe.router_statistics`; zero outside of training
 
 
@@ -116,6 +116,7 @@ class Head(nn.Module):
 
     @part(compile=True)
     def chunk_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `loss.chunk_gradient`."""
         return chunk_gradient(logits, targets)
 
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from model.moe import Experts, MoE, ReceivedRows
+from model.exchange import ReceivedRows
+from model.moe import Experts, MoE
 from model.permute import reorder, sort_by_expert
 
 
@@ -60,7 +61,7 @@ class ExpertPlacement:
 
 
 class AllToAllExchange:
-    """The exchange (`model.moe.Exchange`) if experts are placed on the ranks of `mesh["expert"]`.
+    """The exchange (`model.exchange.Exchange`) if experts are placed on the ranks of `mesh["expert"]`.
 
     Attributes:
         overlap: whether a transfer runs beside the work that follows its start; if not, its start waits for its end.
@@ -104,7 +105,7 @@ class AllToAllExchange:
     def as_global_dtensor(self, tensor: Tensor) -> DTensor:
         """This rank's slots (slots, ...) of a weight, a gradient or a moment, as a part of the whole (E, ...).
 
-        It is a view: what is written to it is written to the tensor. Padding slots are no part of it.
+        It is a view: writing to it writes to the tensor. Padding slots are no part of it.
         """
         placements: dict[str, Placement] = {}
         part = tensor.detach()
@@ -153,7 +154,7 @@ class Transfer:
     Attributes:
         send_splits, recv_splits: (W,) the rows to each rank and from each rank, in the forward.
         n_sent, n_received: the rows of the tensors at both ends. Those beyond the sum of the splits are padding: they
-            are not sent, and what is received for them is undefined.
+            are not sent, and the values received for them are undefined.
         in_flight: between `start` and `finish` the work, the tensor that it fills, and the one that it sends.
     """
 
@@ -220,7 +221,7 @@ class AllToAllHandle:
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """Rows in flight to their experts, and what `AllToAllExchange.combine` needs to send the outputs back."""
+    """Rows in flight to their experts, and the data with which `AllToAllExchange.combine` sends the outputs back."""
 
     handle: AllToAllHandle
     counts: Tensor  # (slots,): rows for each slot of this rank

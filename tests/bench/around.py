@@ -80,7 +80,7 @@ def attention(repeats: int) -> list[Figure]:
             context = ForwardContext.create(layer.config, x, documents=documents)  # once a forward
             if mask:
                 numbers = (positions // 256).expand(rows, -1) if documents is None else documents
-                context = dataclasses.replace(context, chunk_mask=Masked(numbers))
+                context = dataclasses.replace(context, chunked_mask=Masked(numbers))
             layer(x, context).sum().backward()
 
         times = in_turns({"ours": partial(step, False), "masked": partial(step, True)}, repeats)

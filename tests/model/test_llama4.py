@@ -117,10 +117,10 @@ def test_logits_and_gradients_in_fp32(case):
     tokens = tokens_of(seed)
     torch.testing.assert_close(logits_of(ours, tokens), theirs(tokens).logits, rtol=0, atol=2e-5)
     loss = ours(tokens[:, :-1], tokens[:, 1:]).loss / tokens[:, 1:].numel()
-    want = theirs(tokens, labels=tokens).loss
-    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    their_loss = theirs(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=1e-6)
     loss.backward()
-    want.backward()
+    their_loss.backward()
     expected = {name: weight.grad for name, weight in theirs.named_parameters()}
     grads = dict(named(config, lambda name: ours.get_parameter(name).grad))
     assert set(grads) == set(expected)
@@ -146,8 +146,8 @@ def test_logits_at_positions_far_from_the_start(theta):
     tokens = tokens_of(0)
     for start in FAR:
         positions = torch.arange(start, start + tokens.shape[1])[None]
-        got, want = ours(tokens, positions=positions).logits, theirs(tokens, position_ids=positions).logits
-        torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+        got, expected = ours(tokens, positions=positions).logits, theirs(tokens, position_ids=positions).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 def test_logits_with_the_chunk_and_floor_of_llama_4():
@@ -167,8 +167,8 @@ def test_logits_with_the_chunk_and_floor_of_llama_4():
     ours, theirs = both(config, 3, torch.float32)
     tokens = tokens_of(3, 8200)[:1]
     with torch.no_grad():
-        got, want = ours(tokens).logits, theirs(tokens, use_cache=False).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+        got, expected = ours(tokens).logits, theirs(tokens, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 def test_large_router_logits_choose_the_same_experts():

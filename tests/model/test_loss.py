@@ -30,9 +30,9 @@ def test_loss_equals_the_cross_entropy_of_torch(tokens, vocab, dim, rows, seed):
         ours = linear_cross_entropy(hidden, weight, targets)
         got = torch.autograd.grad(ours * 0.7, (hidden, weight))
     plain = F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")
-    want = torch.autograd.grad(plain * 0.7, (hidden, weight))
+    expected = torch.autograd.grad(plain * 0.7, (hidden, weight))
     torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_second_backward_through_a_graph_raises_an_error():

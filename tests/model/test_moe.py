@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.context import ForwardContext
+from model.exchange import LocalExchange, ReceivedRows
 from model.grouped import can_group, grouped_product
-from model.moe import LocalExchange, MoE, ReceivedRows, Router, router_statistics
+from model.moe import MoE, Router, router_statistics
 from model.random import site_keys
 
 SMALL = {"dim": 8, "n_heads": 2, "expert_dim": 12, "n_experts": 5, "n_layers": 1}

@@ -103,9 +103,9 @@ def test_chunks_that_divide_the_row_need_no_copy(length, view):
     context = ForwardContext.create(model.config, model.embedding(tokens))
     assert context.full_mask is None
     if length <= 8:
-        assert context.chunk_mask is None
+        assert context.chunked_mask is None
     else:
-        assert (context.chunk_mask.token_at is None) == view
+        assert (context.chunked_mask.token_at is None) == view
     documents, positions = pack([[length], [length]])
     torch.testing.assert_close(model(tokens).logits, model(tokens, None, positions, documents).logits)
 

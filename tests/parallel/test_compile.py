@@ -1,7 +1,12 @@
 """Compiled parts of the model: the same results up to rounding, and no recompilation in later steps."""
 
 import pytest
+import torch
 
+from model.config import ModelConfig
+from parallel.build import build_model
+
+CASE = "tests.support.parallel_cases:compiled"
 OPTIONS = dict(dropout=0.1, attention_dropout=0.1, attention_chunk=5, nope_every=3, temperature_floor=3)
 
 
@@ -22,4 +27,33 @@ def test_compiled_parts_agree_and_are_compiled_once(pool, world, keys):
         assert graphs == (12, 12) and not breaks
 
 
-CASE = "tests.support.parallel_cases:compiled"
+def test_compiled_parts_run_uncompiled_in_evaluation(monkeypatch):
+    calls = []
+
+    def recorded(method, dynamic):
+        def call(*args):
+            calls.append((method.__name__, dynamic))
+            return method(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    config = ModelConfig(dim=16, n_layers=2, n_heads=2, expert_dim=8, ffn_dim=8, n_experts=3, moe_every=2)
+    model = build_model(config, 40, 0, torch.device("cpu"), torch.float32, None, compile=True)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    model.eval()(tokens, tokens)
+    assert not calls
+    model.train()(tokens, tokens).loss.backward()
+    assert {name for name, dynamic in calls if dynamic} == {"activate"}
+    names = {name for name, _ in calls}
+    assert names == {
+        "drop_embedding",
+        "position",
+        "add_attention",
+        "activate",
+        "add_feed_forward",
+        "permute",
+        "unpermute",
+        "router_statistics",
+        "chunk_gradient",
+    }

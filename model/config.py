@@ -11,10 +11,10 @@ class RopeScaling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    factor: float = Field(8.0, gt=0, description="how much longer the context becomes")
-    low_freq_factor: float = Field(1.0, gt=0, description="wavelengths above original / this are stretched in full")
-    high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original / this stay as they are")
-    original_max_position_embeddings: int = Field(8192, ge=1, description="the length trained on before")
+    factor: float = Field(8.0, gt=0, description="factor by which the context becomes longer")
+    low_freq_factor: float = Field(1.0, gt=0, description="original length / this: longer wavelengths are stretched")
+    high_freq_factor: float = Field(4.0, gt=0, description="original length / this: shorter wavelengths stay unchanged")
+    original_max_position_embeddings: int = Field(8192, ge=1, description="original length, of the first training")
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":

@@ -24,7 +24,7 @@ class ForwardContext:
     full_mask: AttentionMask | None  # of NoPE layers; None: a token sees the whole row up to itself
     chunked_mask: AttentionMask | None  # of RoPE layers
     rng_keys: Tensor | None  # (n_layers + 1, SITES, B), see `random.site_keys`; None: no dropout and no router noise
-    load_shares: Tensor | None  # (MoE layers, E): share of the global batch's load, for the auxiliary loss
+    load_shares: Tensor | None  # (MoE layers, E): shares of the global batch's load, for the auxiliary loss
     cache: KVCache | None  # keys and values of earlier tokens, in generation
 
     @classmethod
@@ -41,11 +41,15 @@ class ForwardContext:
         cache: KVCache | None = None,
         attention_dropout: bool = False,
     ) -> "ForwardContext":
-        """The context of a forward whose activations are like x (B, S, D): work that all layers share is done here.
+        """The context of a forward whose activations have the shape, dtype and device of x (B, S, D).
 
-        By default all tokens are real, at positions 0 to S - 1, and each row is one document. documents (B, S) holds a
-        number for each token that changes where a story begins. attention_dropout says whether attention weights will
-        be dropped, which not every kernel can do.
+        Args:
+            is_real: (B, S) bool; by default all tokens are real.
+            positions: (B or 1, S); by default 0 to S - 1.
+            documents: (B, S), a number for each token, which changes at the first token of a document; by default each
+                row is one document.
+            attention_dropout: whether attention weights will be dropped, which not every kernel can do.
+            rng_keys, load_shares, cache: as in the class.
         """
         batch, length = x.shape[:2]
         if is_real is None:

@@ -22,7 +22,7 @@ def generate_logits(model, tokens, prompts, end):
 @torch.no_grad()
 @pytest.mark.parametrize("keys", KINDS)
 @pytest.mark.parametrize("first", [1, 7, 8, 9, 17])
-def test_cached_equals_uncached(first, keys):
+def test_logits_with_and_without_cache_are_equal(first, keys):
     model, tokens = make(**keys).eval(), random_tokens()
     outputs, _ = generate_logits(model, tokens, [first, first], 30)
     got = torch.cat([output.logits for output in outputs], 1)

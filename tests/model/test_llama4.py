@@ -110,7 +110,7 @@ def wide_casts(patch=pytest.MonkeyPatch):
 
 @few_examples
 @given(drawn)
-def test_logits_and_gradients_in_fp32(case):
+def test_logits_and_gradients_equal_transformers_in_fp32(case):
     config, two, seed = case
     config = config.model_copy(update={"top_k": min(1 + two, config.n_experts)})
     ours, theirs = both(config, seed, torch.float32)
@@ -184,7 +184,7 @@ def test_large_router_logits_choose_the_same_experts():
 
 @few_examples
 @given(drawn)
-def test_logits_in_fp64(case):
+def test_logits_equal_transformers_in_fp64(case):
     """As installed; and to the last digits if casts to fp32 in transformers are disabled."""
     config, two, seed = case
     config = config.model_copy(update={"top_k": min(1 + two, config.n_experts)})

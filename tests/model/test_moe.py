@@ -162,7 +162,7 @@ def test_padding_is_not_counted_in_loads():
 
 @pytest.mark.parametrize("counts", [[0, 3, 2], [5, 0, 0], [0, 0, 5], [1, 0, 4], [0, 0, 0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_grouped_product_with_empty_groups(counts, dtype):
+def test_grouped_product_accepts_empty_groups(counts, dtype):
     rows, weight = torch.randn(sum(counts), 8, dtype=dtype), torch.randn(3, 8, 16, dtype=dtype)
     rows.requires_grad_(), weight.requires_grad_()
     out = grouped_product(rows, weight, torch.tensor(counts))

@@ -38,7 +38,7 @@ def test_dropout_of_a_sequence_does_not_depend_on_its_batch():
     assert dropout(x, 0.1, None) is x
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_has_its_probability_and_keeps_the_mean():
     keys = sequence_keys(1, 2, torch.arange(64))
     out = dropout(torch.ones(64, 4096), 0.1, keys)
     share = (out == 0).double().mean()

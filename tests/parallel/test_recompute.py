@@ -66,7 +66,7 @@ def test_recomputation_changes_neither_loss_nor_gradients(mode, keys, documents)
         torch.testing.assert_close(a, b)
 
 
-def test_full_recomputation_in_bf16_under_fsdp(pool):
+def test_full_recomputation_works_in_bf16_under_fsdp(pool):
     """torch.utils.checkpoint raised an error while the router was an FSDP unit inside of a recomputed part."""
     results = [
         pool.run(1, "tests.support.parallel_cases:recomputed_on_one_rank", mode=mode)[0] for mode in ("none", "full")

@@ -1,12 +1,15 @@
-"""Keys and values of the tokens so far, for generation: each row has its own length, and a row is one document.
+"""Keys and values of the tokens so far, for generation. Each row has its own length, and is one document.
 
-A layer has a number of slots, and a token's slot is its position modulo that number. A NoPE layer sees everything, so
-it has a slot for each position; a chunked layer has as many as its chunk, so that at a border nothing is deleted: the
-first token of a chunk writes slot 0 and, like all others, sees the slots up to its own. What lies behind them is old.
+A layer has a number of entries in each row, and a token is stored in the entry position % number. A NoPE layer sees the
+whole row, so it has an entry for each position. A layer with chunks has one for each position of a chunk. So nothing
+must be deleted at the border of a chunk: its first token overwrites entry 0 and, like every other token, sees the
+entries up to its own. Those after it are from the chunk before.
 
-1. The prompts (B, S), S > 1, go through the model as any batch, padded on the right, where nobody sees the padding;
-   of their keys and values each layer keeps what later tokens will see.
-2. Each step then takes one token a row, at the row's own position.
+1. The prompts (B, S), S > 1, pass through the model like any batch. They are padded on the right, where no token sees
+   the padding. Each layer stores the keys and values that later tokens will see.
+2. After that, each step takes one token of each row, at the row's own position.
+
+Letters: B batch, S sequence, H query heads, KV key and value heads, D dim.
 """
 
 from collections.abc import Sequence
@@ -18,97 +21,112 @@ from torch import Tensor
 from model.config import ModelConfig
 
 
-class Slots:
-    """Where the tokens of the coming step go in the layers of a kind, and what they see there."""
+class CacheEntries:
+    """The entries that the tokens of the present step write and see; the same for all layers of a kind.
+
+    Attributes:
+        count: entries of each row.
+        lengths: tokens of each row, those of the present step included.
+        last: the largest entry that a row writes.
+        written: (B,) the entry that each row writes; None if all rows write `last`.
+        visible: (B, 1, 1, last + 1) whether a row sees an entry; None if all rows see all of them.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.lengths: list[int] = []  # of the rows, with the tokens of this step
-        self.last = 0  # slot in use that is furthest back
-        self.own: Tensor | None = None  # (B,) each row's slot, and (B, 1, 1, last + 1) whether it sees one;
-        self.seen: Tensor | None = None  # None where all rows have the same
+        self.lengths: list[int] = []
+        self.last = 0
+        self.written: Tensor | None = None
+        self.visible: Tensor | None = None
 
-    def move(self, lengths: Sequence[int], device: torch.device) -> None:
-        """lengths of the rows, with the tokens of the coming step."""
+    def start_step(self, lengths: Sequence[int], device: torch.device) -> None:
+        """lengths of the rows, with the tokens of the step that starts."""
         self.lengths = list(lengths)
-        own = [(length - 1) % self.count for length in lengths]
-        self.last, self.own, self.seen = max(own), None, None
-        if min(own) < self.last:
-            self.own = torch.tensor(own, device=device)
-            self.seen = (torch.arange(self.last + 1, device=device) <= self.own[:, None])[:, None, None]
+        written = [(length - 1) % self.count for length in lengths]
+        self.last = max(written)
+        self.written, self.visible = None, None
+        if min(written) < self.last:
+            self.written = torch.tensor(written, device=device)
+            self.visible = (torch.arange(self.last + 1, device=device) <= self.written[:, None])[:, None, None]
 
 
 class LayerCache:
-    """Keys and values (B, slots, KV heads, head_dim) of one layer; what its one query a row sees (`segments.Past`)."""
+    """Keys and values (B, entries, KV, head_dim) of one layer, and the mask of a step (`segments.AttentionMask`)."""
 
-    def __init__(self, slots: Slots, batch: int, heads: int, head_dim: int, like: Tensor) -> None:
-        self.slots = slots
-        self.k = like.new_zeros(batch, slots.count, heads, head_dim)
+    def __init__(self, entries: CacheEntries, batch: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
+        self.entries = entries
+        self.k = like.new_zeros(batch, entries.count, kv_heads, head_dim)
         self.v = torch.zeros_like(self.k)
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """k, v (B, S, KV heads, head_dim): the prompts' with S > 1, else those of a step."""
-        slots, batch, length = self.slots, k.shape[0], k.shape[1]
-        for kept, new in ((self.k, k.detach()), (self.v, v.detach())):
-            if length == 1 and slots.own is None:
-                kept[:, slots.last] = new[:, 0]
-            elif length == 1:
-                kept[torch.arange(batch, device=k.device), slots.own] = new[:, 0]
-            else:
-                for row, end in enumerate(slots.lengths):
-                    first = end // slots.count * slots.count  # of the chunk that the next token is in
-                    kept[row, : end - first] = new[row, first:end]
+        """Store k and v (B, S, KV, head_dim): those of the prompts if S > 1, else those of one step."""
+        self._write(self.k, k.detach())
+        self._write(self.v, v.detach())
+
+    def _write(self, stored: Tensor, new: Tensor) -> None:
+        entries = self.entries
+        if new.shape[1] > 1:
+            for row, end in enumerate(entries.lengths):
+                first = end // entries.count * entries.count  # of the chunk that the next token belongs to
+                stored[row, : end - first] = new[row, first:end]
+        elif entries.written is None:
+            stored[:, entries.last] = new[:, 0]
+        else:
+            stored[torch.arange(len(new), device=new.device), entries.written] = new[:, 0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: object = None) -> Tensor:
-        """q (B, 1, H, head_dim) -> the same; k and v are written already. Without dropout."""
-        used, heads = self.slots.last + 1, self.k.shape[2]
-        # the heads that share a key are queries of one head: nothing is causal between them
-        grouped = q.reshape(len(q), heads, -1, q.shape[-1])
-        k, v = (kept[:, :used].transpose(1, 2) for kept in (self.k, self.v))
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.slots.seen).reshape(q.shape)
+        """q (B, 1, H, head_dim) -> the same shape, without dropout; `write` has stored k and v already."""
+        used, kv_heads = self.entries.last + 1, self.k.shape[2]
+        # Query heads that share a key head become queries of one head. No mask is causal here, so this is possible.
+        grouped = q.reshape(len(q), kv_heads, -1, q.shape[-1])
+        k, v = (stored[:, :used].transpose(1, 2) for stored in (self.k, self.v))
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.entries.visible).reshape(q.shape)
 
 
 class KVCache:
     """The caches of all layers."""
 
     def __init__(self, config: ModelConfig, prompts: Sequence[int], capacity: int, like: Tensor) -> None:
-        """Empty, for prompts of these lengths and `capacity` tokens a row, on the device and in the dtype of `like`."""
+        """Empty, for prompts of these lengths and rows of at most `capacity` tokens; dtype and device are like's."""
         self.capacity, self.device = capacity, like.device
-        self.lengths = list(prompts)  # of the rows, with the tokens of the coming step
-        self.empty = True
-        whole, chunked = Slots(capacity), Slots(min(capacity, config.attention_chunk or capacity))
-        self._kinds = (whole, chunked)
+        self.lengths = list(prompts)  # of the rows, with the tokens of the next step
+        self.is_empty = True
+        full, chunked = CacheEntries(capacity), CacheEntries(min(capacity, config.attention_chunk or capacity))
+        self._kinds = (full, chunked)
         self.layers = [
-            LayerCache(chunked if config.uses_rope(i) else whole, len(self.lengths), config.kv_heads, config.head, like)
+            LayerCache(chunked if config.uses_rope(i) else full, len(self.lengths), config.kv_heads, config.head, like)
             for i in range(config.n_layers)
         ]
 
-    def begin(self, length: int) -> tuple[Tensor, Tensor]:
-        """Before the layers: the tokens (B, length) of a step -> their positions (B or 1, length), and which are real.
+    def start_step(self, length: int) -> tuple[Tensor, Tensor]:
+        """To be called before the layers, with the shape (B, length) of the step's tokens.
 
-        Raises ValueError for tokens that do not fit: prompts are first and once, one token a row follows.
+        Returns their positions (B or 1, length), and whether each is real (B, length). Raises ValueError if the tokens
+        do not fit: the first step takes the prompts, each later step one token of each row.
         """
         longest = max(self.lengths)
-        if length != (longest if self.empty else 1) or longest > self.capacity:
-            state = "prompts" if self.empty else "rows"
-            raise ValueError(f"{length} tokens a row do not fit {state} of {self.lengths} in {self.capacity} places")
+        expected = longest if self.is_empty else 1
+        if length != expected or longest > self.capacity:
+            rows = f"{'prompts' if self.is_empty else 'rows'} of lengths {self.lengths}"
+            raise ValueError(f"{length} tokens a row do not fit {rows} in a cache of {self.capacity} tokens")
         for kind in self._kinds:
-            kind.move(self.lengths, self.device)
+            kind.start_step(self.lengths, self.device)
         ends = torch.tensor(self.lengths, device=self.device)[:, None]
-        if not self.empty:
+        if not self.is_empty:
             return ends - 1, torch.ones_like(ends, dtype=torch.bool)
         positions = torch.arange(length, device=self.device)[None]
         return positions, positions < ends
 
-    def end(self, x: Tensor) -> Tensor:
-        """After the layers: x (B, length, D) -> that of each row's last token (B, 1, D); the next step is awaited."""
+    def finish_step(self, x: Tensor) -> Tensor:
+        """To be called after the layers: x (B, length, D) -> that of each row's last token (B, 1, D)."""
         if x.shape[1] > 1:
             x = torch.stack([row[length - 1 : length] for row, length in zip(x, self.lengths, strict=True)])
-        self.lengths, self.empty = [length + 1 for length in self.lengths], False
+        self.lengths = [length + 1 for length in self.lengths]
+        self.is_empty = False
         return x
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget the other rows: these become 0, 1, ..."""
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all other rows; these become rows 0, 1, ..."""
         self.lengths = [self.lengths[row] for row in rows]
         index = torch.tensor(rows, device=self.device)
         for layer in self.layers:

@@ -1,17 +1,20 @@
-"""The shape of the model: the `model` section of a config. Imports no torch, so that mistakes answer at once."""
+"""The shape of the model: the `model` section of a config.
+
+This module does not import torch, so that a mistake in a config is reported at once.
+"""
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RopeScaling(BaseModel):
-    """Llama 3's stretching of RoPE wavelengths beyond the length a model was first trained on."""
+    """How Llama 3 stretches RoPE wavelengths, for rows longer than those of the first training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    factor: float = Field(8.0, gt=0, description="how much longer the context becomes")
-    low_freq_factor: float = Field(1.0, gt=0, description="wavelengths above original / this are stretched in full")
-    high_freq_factor: float = Field(4.0, gt=0, description="wavelengths below original / this stay as they are")
-    original_max_position_embeddings: int = Field(8192, ge=1, description="the length trained on before")
+    factor: float = Field(8.0, gt=0, description="factor by which the context becomes longer")
+    low_freq_factor: float = Field(1.0, gt=0, description="original length / this: longer wavelengths are stretched")
+    high_freq_factor: float = Field(4.0, gt=0, description="original length / this: shorter wavelengths stay unchanged")
+    original_max_position_embeddings: int = Field(8192, ge=1, description="original length, of the first training")
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
@@ -64,11 +67,11 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"n_heads={self.n_heads}: does not divide dim={self.dim}; set head_dim too, or another")
+            raise ValueError(f"n_heads={self.n_heads}: does not divide dim={self.dim}; set head_dim, or change n_heads")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads={self.kv_heads}: does not divide n_heads={self.n_heads}")
         if self.head % 2:
-            raise ValueError(f"head_dim={self.head}: RoPE turns pairs, so it must be even")
+            raise ValueError(f"head_dim={self.head}: RoPE rotates pairs of numbers, so it must be even")
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k={self.top_k}: more than n_experts={self.n_experts}")
         return self
@@ -81,12 +84,17 @@ class ModelConfig(BaseModel):
     def head(self) -> int:
         return self.head_dim or self.dim // self.n_heads
 
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether the loss depends on the routers' logits."""
+        return self.aux_loss_weight > 0 or self.z_loss_weight > 0
+
     def is_moe(self, layer: int) -> bool:
         """Whether block `layer` (from 0) holds experts."""
         return self.moe_every > 0 and (layer + 1) % self.moe_every == 0
 
     def uses_rope(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) knows positions by RoPE; a NoPE layer sees the whole past instead."""
+        """Whether block `layer` (from 0) has RoPE; a NoPE layer has no positions, and sees all tokens before."""
         return self.nope_every == 0 or (layer + 1) % self.nope_every != 0
 
     @property
@@ -94,7 +102,7 @@ class ModelConfig(BaseModel):
         return [i for i in range(self.n_layers) if self.is_moe(i)]
 
     def parameter_counts(self, vocab_size: int) -> tuple[int, int]:
-        """(all parameters, those that one token meets)."""
+        """Returns the number of all parameters, and of those that compute with one token."""
         attention = self.dim * self.head * (2 * self.n_heads + 2 * self.kv_heads) + 2 * self.dim
         dense, expert = 3 * self.dim * self.ffn_dim, 3 * self.dim * self.expert_dim
         moe = len(self.moe_layers)
@@ -108,10 +116,10 @@ class ModelConfig(BaseModel):
         return common + moe * self.n_experts * expert, common + moe * self.top_k * expert
 
     def flops_per_token(self, vocab_size: int, length: int) -> float:
-        """Floating-point operations that training one token of a row of `length` tokens takes, forward and backward.
+        """Floating-point operations to train on one token of a row of `length` tokens, forward and backward.
 
-        A multiplication and an addition count as two, and the backward takes twice the forward, so that each product
-        of a token with a matrix of n weights counts 6 n. Of the forward, in letters of the settings above:
+        A multiplication and an addition count as two, and the backward counts twice the forward. So each product of a
+        token with a matrix of n weights counts 6 n. The forward, in the letters of the settings above:
 
             attention projections   2 D head_dim (2 H + 2 KV) a layer
             attention scores        4 H head_dim keys a layer: queries with keys, then weights with values
@@ -120,10 +128,10 @@ class ModelConfig(BaseModel):
             dense feed-forward      6 D F a dense layer
             head                    2 D V
 
-        keys is the average number of keys that a query sees (`average_keys`). Not counted: the embedding, which is a
-        lookup; norms, activations and the loss, which are no matrix products; whatever is computed a second time
-        (train.recompute, the extra forward of aux_loss_weight, fused attention's own backward); and that
-        data.mask_documents hides keys.
+        keys is the average number of keys that a query sees (`average_keys`). Not counted are the embedding, which is
+        a lookup; norms, activations and the loss, which are no matrix products; and everything that is computed a
+        second time (train.recompute, the extra forward of aux_loss_weight, the backward of fused attention). The keys
+        that data.mask_documents hides are counted.
         """
         moe = len(self.moe_layers)
         projections = 2 * self.dim * self.head * (2 * self.n_heads + 2 * self.kv_heads)
@@ -136,7 +144,12 @@ class ModelConfig(BaseModel):
         return 3 * forward
 
     def average_keys(self, layer: int, length: int) -> float:
-        """Keys that a query of block `layer` (from 0) sees, itself among them: the mean over a row of `length`."""
-        chunk = min(self.attention_chunk or length, length) if self.uses_rope(layer) else length
-        chunks, rest = divmod(length, chunk)
-        return (chunks * chunk * (chunk + 1) + rest * (rest + 1)) / 2 / length
+        """The mean, over a row of `length` tokens, of the keys that a query of block `layer` (from 0) sees.
+
+        A query sees its own key, too.
+        """
+        chunk = length
+        if self.uses_rope(layer) and self.attention_chunk is not None:
+            chunk = min(self.attention_chunk, length)
+        chunks, remainder = divmod(length, chunk)
+        return (chunks * chunk * (chunk + 1) + remainder * (remainder + 1)) / 2 / length

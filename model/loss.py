@@ -1,7 +1,10 @@
-"""Hidden states -> loss, without ever holding the logits of all tokens.
+"""Hidden states -> cross-entropy, without ever holding the logits of all tokens.
 
-The head's product, the cross-entropy and its gradient go by in chunks of tokens: the gradient of a chunk is made
-while its logits are at hand, so they are computed once and forgotten (the idea of Liger's and Apple's fused losses).
+The product of the head, the cross-entropy and its gradient are computed for one chunk of tokens after the other. The
+gradient of a chunk is computed in the forward, while its logits exist, so that logits are computed once and then freed
+(the idea of the fused losses of Liger and of Apple).
+
+Letters: T tokens, R tokens of a chunk, D dim, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # the target of a place that does not count
-# Logits held at a time, unless that is fewer than CHUNK_TOKENS rows: what a CPU's cache holds, enough to fill a GPU.
+IGNORE = -100  # the target of a token that adds nothing to the loss
+# Logits of a chunk, unless that is fewer than CHUNK_TOKENS rows. They fit the cache of a CPU, or occupy a whole GPU.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 CHUNK_TOKENS = 256
 
@@ -23,25 +26,32 @@ ChunkGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see `chunk_
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, gradient: ChunkGradient | None = None
 ) -> Tensor:
-    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; IGNORE counts nothing.
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats; a target of IGNORE adds nothing.
 
     hidden (T, D), weight (V, D) of the same dtype, targets (T,) -> fp32 scalar (fp64 for fp64). `gradient` replaces
-    `chunk_gradient`, say by a compiled version of it.
+    `chunk_gradient`, for example by a compiled version of it.
     """
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, (gradient or chunk_gradient) if wants_grad else None)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        gradient = None
+    elif gradient is None:
+        gradient = chunk_gradient
+    return _LinearCrossEntropy.apply(hidden, weight, targets, gradient)
 
 
 def chunk_rows(tokens: int, vocab_size: int, device: torch.device) -> int:
-    """Rows of each chunk of logits: as even as can be on CUDA, where each new shape is compiled."""
-    most = max(CHUNK_TOKENS, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cpu"]) // vocab_size)
-    return most if device.type == "cpu" else max(1, -(-tokens // -(-tokens // most)))
+    """Rows of each chunk of logits. On CUDA chunks are as even as possible, because each new shape is compiled."""
+    largest = max(CHUNK_TOKENS, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cpu"]) // vocab_size)
+    if device.type == "cpu":
+        return largest
+    chunks = -(-tokens // largest)
+    return max(1, -(-tokens // chunks))
 
 
 def liger_cross_entropy() -> Loss:
     """The same loss by the Triton kernels of Liger (arXiv:2410.10989): on CUDA, or on a CPU with TRITON_INTERPRET=1.
 
-    Its import brings triton and takes seconds, so it happens here. Raises ImportError without liger-kernel.
+    Liger is imported here and not above, because it imports triton, which takes seconds. Raises ImportError without
+    liger-kernel.
     """
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -52,19 +62,22 @@ def liger_cross_entropy() -> Loss:
 def chunk_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logits (R, V), targets (R,) -> the summed loss, and softmax(logits) - one_hot(target) in the dtype of logits.
 
-    Rows whose target is IGNORE add nothing to the loss; their gradient is undefined.
+    Rows whose target is IGNORE add nothing to the loss, and their gradient is undefined.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counts, chosen = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    is_counted = (targets != IGNORE)[:, None]
+    chosen = targets.clamp(min=0)[:, None]
     if torch.compiler.is_compiling():  # one kernel, which reads the logits twice and writes the gradient once
         log_total = wide.logsumexp(-1, keepdim=True)
         one_hot = torch.arange(logits.shape[1], device=logits.device) == chosen
         gradient = (wide - log_total).exp() - one_hot.to(wide.dtype)
-        return ((log_total - wide.gather(1, chosen)) * counts).sum(), gradient.to(logits.dtype)
+        loss = ((log_total - wide.gather(1, chosen)) * is_counted).sum()
+        return loss, gradient.to(logits.dtype)
     p = torch.softmax(wide, dim=-1)
-    # log p of the likeliest word is known well, however unlikely the target is: one exponential for each logit
-    below = wide.amax(-1, keepdim=True) - wide.gather(1, chosen)
-    loss = ((below - p.amax(-1, keepdim=True).log()) * counts).sum()
+    # log p[target] = log p[best] - (logit[best] - logit[target]). The log of the largest p is accurate however unlikely
+    # the target is, and no second exponential of each logit is needed.
+    below_best = wide.amax(-1, keepdim=True) - wide.gather(1, chosen)
+    loss = ((below_best - p.amax(-1, keepdim=True).log()) * is_counted).sum()
     p.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=wide.dtype))
     return loss, p.to(logits.dtype)
 
@@ -92,8 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # Scaled in place, since the gradient of the weight is as large as the head. It happens once: autograd raises an
-        # error when it unpacks saved tensors that were written to, as in a second backward through the same graph.
+        # Scaled in place, because the gradient of the weight is as large as the head. This can happen only once: in a
+        # second backward through the same graph autograd finds that saved tensors were written to, and raises an error.
         grad_hidden, grad_weight = ctx.saved_tensors
         # As a tensor of one dimension the factor keeps its dtype; a scalar would be rounded to that of grad_hidden.
         scale = grad.to(grad_weight.dtype).view(1)
@@ -103,21 +116,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, gradient: ChunkGradient, grad_hidden: Tensor, grad_weight: Tensor
 ) -> Tensor:
-    """The loss of a chunk (R, D); writes its gradient to grad_hidden, adds to grad_weight.
+    """The loss of a chunk (R, D). Writes the gradient to grad_hidden (R, D), and adds to grad_weight (V, D).
 
-    Its logits and their gradient are freed before those of the next chunk are made.
+    The logits and their gradient are freed before those of the next chunk are computed.
     """
-    loss, d = gradient(hidden @ weight.t(), targets)
-    # rows that do not count are cleared where they are short, D numbers instead of V
-    counts = (targets != IGNORE)[:, None]
-    torch.mm(d, weight, out=grad_hidden)
-    grad_hidden *= counts
-    _add_product(grad_weight, d.t(), hidden * counts)
+    loss, grad_logits = gradient(hidden @ weight.t(), targets)
+    # Tokens that do not count are masked in rows of D numbers, which are shorter than those of V.
+    is_counted = (targets != IGNORE)[:, None]
+    torch.mm(grad_logits, weight, out=grad_hidden)
+    grad_hidden *= is_counted
+    _add_product(grad_weight, grad_logits.t(), hidden * is_counted)
     return loss
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be wider than a and b: a product on CUDA keeps its fp32 sums."""
+    """total += a @ b. The dtype of total may be wider than that of a and b: CUDA adds to it without rounding first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.device.type == "cuda":

@@ -1,340 +1,256 @@
-"""Mixture of experts: the router picks, rows are sorted by expert (`permute.py`), a grouped product computes.
+"""Mixture of experts (MoE): a router picks K experts for each token, and each expert processes its rows.
 
-As in Llama 4 a token's score is the sigmoid of its logit and multiplies the expert's *input*. Balancing is free of an
-auxiliary loss (arXiv:2408.15664): a bias per expert takes part in the choice only, and is moved by the trainer.
-Loads (tokens per expert) are an output of the forward, so that recomputation and evaluation cannot count twice.
+One layer, step by step:
+
+    router      tokens (T, D) -> scores and experts (T, K), and the load of each expert (E,)
+    permute     a row for each choice of a token, times its score, sorted by expert -> rows (R, D) with R = T K
+    dispatch    rows -> the processes that hold their experts
+    experts     SwiGLU, as grouped products with one matrix for each expert
+    combine     the experts' outputs -> the processes that sent the rows
+    unpermute   the sum of each token's outputs, and of the shared expert's -> (T, D)
+
+Dispatch and combine are the interface `Exchange` (`exchange.py`). In this package all experts are on one process;
+`parallel/experts.py` spreads them over many. The shared expert runs while rows are in flight: its first half during
+dispatch, its second half during combine.
+
+As in Llama 4, the score of a choice is the sigmoid of its logit, and multiplies the expert's *input*. Experts are
+balanced without an auxiliary loss (arXiv:2408.15664): a bias for each expert, which the trainer moves after each step,
+is added when experts are picked, and nowhere else. Loads are an output of the forward, so that neither recomputation
+nor evaluation counts them again.
+
+Letters: B batch, S sequence, T = B*S tokens, D dim, F hidden, E experts, K top-k, R rows.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.permute import permute, sort_choices, unpermute
-from model.precision import cast, copies_are_kept
+from model.context import ForwardContext
+from model.exchange import Exchange, LocalExchange
+from model.feed_forward import FeedForward, swiglu
+from model.grouped import can_group, grouped_product, per_row_matmul
+from model.initial_values import residual_normal, scaled_normal
+from model.parts import part
+from model.permute import permute, sort_by_expert, unpermute
 from model.random import NOISE, normal
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """x (..., 2F), gate and up -> silu(gate) * up (..., F), arXiv:2002.05202. Keeps x alone for the backward."""
-    if torch.compiler.is_compiling():  # which makes one kernel of it, and decides itself what to keep
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    return _SwiGLU.apply(x) if torch.is_grad_enabled() else _swiglu(x)
-
-
-def _swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _swiglu(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        out = torch.empty_like(x)
-        to_gate, to_up = out.chunk(2, dim=-1)  # written in place: no copy joins them
-        torch.mul(F.silu(gate), grad, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
-        return out
-
-
-class FeedForward(nn.Module):
-    """The dense block's, and the shared expert's: SwiGLU, in two halves."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * hidden, dim))
-        self.down = nn.Parameter(torch.empty(dim, hidden))
-
-    def widen(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., F)."""
-        return self.activate(F.linear(x, cast(self.gate_up, x.dtype)))
-
-    def activate(self, x: Tensor) -> Tensor:
-        """x (..., 2F) -> (..., F)."""
-        return swiglu(x)
-
-    def narrow(self, hidden: Tensor) -> Tensor:
-        """hidden (..., F) -> (..., D)."""
-        return F.linear(hidden, cast(self.down, hidden.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
-        return self.narrow(self.widen(x))
-
-
 class Routing(NamedTuple):
-    """What the router decided."""
+    """The decisions of a router."""
 
     scores: Tensor  # (T, K) fp32
-    experts: Tensor  # (T, K); E, whom nobody owns, for tokens that are not real
-    loads: Tensor  # (E,) int64: real tokens sent to each expert
-    logits: Tensor  # (T, E) fp32, for `router_statistics`; without a gradient unless the model penalizes them
+    experts: Tensor  # (T, K); E, which is no expert, for tokens that are not real
+    loads: Tensor  # (E,) int64: real tokens of each expert
+    logits: Tensor  # (T, E) fp32, for `router_statistics`; with a gradient only if the loss depends on them
 
 
 class Router(nn.Module):
-    """Scores the experts in fp32, whatever the dtype of x, and picks top_k of them."""
+    """Scores the experts in fp32, whatever the dtype of the tokens, and picks top_k of them.
+
+    A different router is a subclass that overrides `logits` or `pick`.
+    """
 
     bias: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.top_k
+        self.has_loss = config.has_router_loss
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.dim))
         self.noise = nn.Parameter(torch.empty(config.n_experts, config.dim)) if config.noisy_top_k else None
-        self.penalized = config.aux_loss_weight > 0 or config.z_loss_weight > 0
+        self.initial_values = {"weight": scaled_normal(config.dim), "noise": scaled_normal(config.dim)}
         self.register_buffer("bias", torch.zeros(config.n_experts))
 
-    def forward(self, x: Tensor, real: Tensor, noise: Tensor | None) -> Routing:
-        """x (T, D), real (T,) bool, noise (T, E) standard normal -> Routing.
+    # Recomputation keeps the choice of experts: computed again on a GPU, near ties could be decided differently.
+    @part(recompute="full", keep=[torch.ops.aten.topk.default])
+    def forward(self, x: Tensor, is_real: Tensor, noise: Tensor | None) -> Routing:
+        """x (T, D), is_real (T,) bool, noise (T, E) of standard normal numbers -> Routing."""
+        logits = self.logits(x, noise)
+        experts, scores = self.pick(logits)
+        n_experts = self.weight.shape[0]
+        experts = experts.masked_fill(~is_real[:, None], n_experts)
+        loads = torch.zeros(n_experts + 1, dtype=torch.int64, device=x.device)
+        # torch.bincount would make the host wait for the device.
+        loads.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
+        return Routing(scores, experts, loads[:n_experts], logits if self.has_loss else logits.detach())
 
-        With noise the logits are those of noisy top-k gating (arXiv:1701.06538, equation 4).
-        """
+    def logits(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        """x (T, D) -> (T, E) fp32; with noise as in noisy top-k gating (arXiv:1701.06538, equation 4)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         x = x.to(wide)
-        logits = F.linear(x, self.weight.to(wide))  # (T, E)
+        logits = F.linear(x, self.weight.to(wide))
         if noise is not None and self.noise is not None:
             logits = logits + noise.to(wide) * F.softplus(F.linear(x, self.noise.to(wide)))
-        # sigmoid(x) - 1 in the place of sigmoid(x), which is 1 for every logit above 17, as if they were alike
+        return logits
+
+    def pick(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (T, E) -> the top_k experts of each token, the best first, and their scores, both (T, K)."""
+        # sigmoid(x) rounds to 1 for every logit above 17, which makes such experts equal; sigmoid(x) - 1 does not.
         experts = torch.topk(self.bias - (-logits.detach()).sigmoid(), self.top_k, dim=-1).indices
-        scores = logits.gather(1, experts).sigmoid()
-        n_experts = self.weight.shape[0]
-        experts = experts.masked_fill(~real[:, None], n_experts)
-        loads = torch.zeros(n_experts + 1, dtype=torch.int64, device=x.device)  # bincount would wait for the device
-        loads.scatter_add_(0, experts.flatten(), torch.ones_like(experts.flatten()))
-        return Routing(scores, experts, loads[:n_experts], logits if self.penalized else logits.detach())
+        return experts, logits.gather(1, experts).sigmoid()
 
 
-def router_statistics(logits: Tensor, real: Tensor, shares: Tensor | None) -> Tensor:
-    """logits (layers, T, E), real (T,) bool, shares (layers, E) of the global batch's load -> (layers, 3).
+def router_statistics(logits: Tensor, is_real: Tensor, load_shares: Tensor | None) -> Tensor:
+    """logits (layers, T, E), is_real (T,) bool, load_shares (layers, E) of the global batch -> (layers, 3).
 
-    Sums over real tokens of: the entropy of the normalized scores p; the z-loss (logsumexp of the logits)^2
-    (arXiv:2202.08906, equation 5); the auxiliary loss E sum_e f_e p_e (arXiv:2101.03961, equation 4, f the load shares
-    of the global batch), which is 1 when all experts are alike, and 0 without shares.
+    Sums over real tokens of
+    - the entropy of the normalized scores p,
+    - the z-loss (logsumexp of the logits)^2 (arXiv:2202.08906, equation 5),
+    - the auxiliary loss E sum_e f_e p_e (arXiv:2101.03961, equation 4), where f are the load shares. It is 1 if all
+      experts are equal, and 0 without load shares.
     """
     log_p = F.logsigmoid(logits)
-    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # in logarithms: no epsilon, and no 0 / 0
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # in logarithms there is neither an epsilon nor 0 / 0
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1).detach()
-    z = logits.logsumexp(-1).square()
-    aux = torch.zeros_like(z) if shares is None else (p @ shares[..., None].to(p)).squeeze(-1) * p.shape[-1]
-    return torch.stack([entropy, z, aux], dim=1).masked_fill(~real, 0).sum(-1)
+    z_loss = logits.logsumexp(-1).square()
+    if load_shares is None:
+        aux_loss = torch.zeros_like(z_loss)
+    else:
+        aux_loss = (p @ load_shares[..., None].to(p)).squeeze(-1) * p.shape[-1]
+    return torch.stack([entropy, z_loss, aux_loss], dim=1).masked_fill(~is_real, 0).sum(-1)
 
 
 class Experts(nn.Module):
-    """The routed experts' SwiGLU, all at once: weights (E, D, 2F) and (E, F, D)."""
+    """The SwiGLU of all routed experts at once: weights (E, D, 2F) and (E, F, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        n, dim, hidden = config.n_experts, config.dim, config.expert_dim
-        self.gate_up = nn.Parameter(torch.empty(n, dim, 2 * hidden))
-        self.down = nn.Parameter(torch.empty(n, hidden, dim))
+        n_experts, dim, hidden = config.n_experts, config.dim, config.expert_dim
+        self.gate_up = nn.Parameter(torch.empty(n_experts, dim, 2 * hidden))
+        self.down = nn.Parameter(torch.empty(n_experts, hidden, dim))
+        self.initial_values = {
+            "gate_up": scaled_normal(dim),
+            "down": residual_normal(hidden, config.n_layers),
+        }
 
-    def forward(self, rows: Tensor, counts: Tensor, sizes: list[int] | None = None) -> Tensor:
-        """rows (R, D) in the order of their experts, counts (E,) -> (R, D); see `grouped_product`.
+    def resize(self, n_experts: int) -> None:
+        """Replace the weights by empty ones for another number of experts."""
+        self.gate_up = nn.Parameter(self.gate_up.new_empty(n_experts, *self.gate_up.shape[1:]))
+        self.down = nn.Parameter(self.down.new_empty(n_experts, *self.down.shape[1:]))
 
-        sizes are the counts as the host knows them, if it does. Where no grouped kernel takes the rows and it does not,
-        this waits for the device, once.
+    def forward(self, rows: Tensor, counts: Tensor, host_counts: list[int] | None = None) -> Tensor:
+        """rows (R, D) sorted by expert, counts (E,) of the rows of each expert -> (R, D).
+
+        host_counts are the same numbers as counts, if the host knows them; see `grouped_product`. If they are needed
+        and not given, the host waits for the device once.
         """
-        if sizes is None and not can_group(rows.dtype, rows.device, self.gate_up.shape, self.down.shape):
-            sizes = counts.tolist()
-        return self.swiglu(rows, counts, sizes)
+        if host_counts is None and not can_group(rows.dtype, rows.device, self.gate_up.shape, self.down.shape):
+            host_counts = counts.tolist()
+        return self.process(rows, counts, host_counts)
 
-    def swiglu(self, rows: Tensor, counts: Tensor, sizes: list[int] | None) -> Tensor:
-        hidden = self.activate(grouped_product(rows, self.gate_up, counts, sizes))
-        return grouped_product(hidden, self.down, counts, sizes)
+    @part(recompute="selective")
+    def process(self, rows: Tensor, counts: Tensor, host_counts: list[int] | None) -> Tensor:
+        hidden = self.activate(grouped_product(rows, self.gate_up, counts, host_counts))
+        return grouped_product(hidden, self.down, counts, host_counts)
 
+    @part(compile=True, dynamic=True)  # the number of rows that experts receive differs from step to step
     def activate(self, x: Tensor) -> Tensor:
         """x (R, 2F) -> (R, F)."""
         return swiglu(x)
 
-    def decode(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        """rows (R, D) in any order, chosen (R,) the expert of each or E for none -> (R, D): for few rows, no gradient.
+    def decode(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """rows (R, D) in any order, the expert (R,) of each or E for none -> (R, D).
 
-        It waits for the device.
+        For few rows, and without a gradient. The host waits for the device.
         """
-        experts = chosen.tolist()
-        return each_product(swiglu(each_product(rows, self.gate_up, experts)), self.down, experts)
+        experts_on_host = experts.tolist()
+        hidden = swiglu(per_row_matmul(rows, self.gate_up, experts_on_host))
+        return per_row_matmul(hidden, self.down, experts_on_host)
 
 
-def each_product(rows: Tensor, weight: Tensor, chosen: list[int]) -> Tensor:
-    """rows (R, K) each with its own of weight (G, K, N) -> (R, N), 0 where that is G: no other is visited or cast."""
-    nobody, weight = rows.new_zeros(1, weight.shape[2]), cast(weight, rows.dtype) if copies_are_kept() else weight
-    pairs = zip(rows.split(1), chosen, strict=True)
-    return torch.cat([row @ weight[i].to(row.dtype) if i < len(weight) else nobody for row, i in pairs])
+class SharedExpert(FeedForward):
+    """The expert that processes every token. It runs in two halves, of which recomputation repeats the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return self.project_down(self.project_up(x))
+
+    @part(recompute="full")
+    def project_up(self, x: Tensor) -> Tensor:
+        """The first half: x (..., D) -> (..., F)."""
+        return super().project_up(x)
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor, sizes: list[int] | None = None) -> Tensor:
-    """rows (R, K) in the order of their groups, weight (G, K, N), counts (G,), sizes the same on the host -> (R, N).
+class RoutedRows(NamedTuple):
+    """Rows for the experts, and how to return their outputs to the order of tokens (see `permute.py`)."""
 
-    Rows beyond the sum of counts are padding: what comes out for them is undefined, and costs nothing. Without sizes it
-    waits for the device where there is no grouped kernel.
-    """
-    weight = cast(weight, rows.dtype)
-    if can_group(rows.dtype, rows.device, weight.shape):
-        offsets = counts.cumsum(0).to(torch.int32)
-        return _GroupedProduct.apply(rows, weight, offsets)
-    sizes = counts.tolist() if sizes is None else sizes
-    padding = rows.shape[0] - sum(sizes)
-    parts = [part @ w for part, w in zip(rows.split([*sizes, padding]), weight.unbind(0), strict=False)]
-    return torch.cat([*parts, rows.new_zeros(padding, weight.shape[2])])
-
-
-def can_group(dtype: torch.dtype, device: torch.device, *shapes: torch.Size) -> bool:
-    """Whether `grouped_mm` has a kernel for weights of these shapes; it wants rows of whole 16 bytes."""
-    if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
-        return False
-    if device.type == "cuda" and not has_grouped_kernel(dtype, torch.cuda.get_device_capability(device)):
-        return False
-    return all(size * dtype.itemsize % 16 == 0 for shape in shapes for size in shape[1:])
-
-
-def has_grouped_kernel(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether a CUDA device of this capability has a kernel: bf16 on Hopper and on Blackwell's sm_10x.
-
-    Elsewhere `grouped_mm` copies the offsets to the host in each call, and loops.
-    """
-    return dtype == torch.bfloat16 and capability[0] in (9, 10)
-
-
-def leaves_idle_gradients(capability: tuple[int, int]) -> bool:
-    """Whether the weight gradient of an empty group may be what lay in memory, as with CUTLASS before 4.3 on sm_100
-    (NVIDIA/cutlass#2674, pytorch/pytorch#172439).
-    """
-    return capability[0] == 10
-
-
-def clear_idle(gradient: Tensor, offsets: Tensor) -> None:
-    """Zero the gradient (G, K, N) of empty groups, whose rows end at offsets (G,)."""
-    idle = offsets.diff(prepend=offsets.new_zeros(1)) == 0
-    gradient.masked_fill_(idle[:, None, None], 0)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """grouped_mm, whose own backward refuses gradients that broadcast, such as those of a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        ctx.save_for_backward(rows, weight, offsets)
-        return F.grouped_mm(rows, weight, offs=offsets)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight, offsets = ctx.saved_tensors
-        grad = grad.contiguous() if grad.numel() else grad.new_empty(grad.shape)  # strides of empty ones count too
-        to_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=offsets) if ctx.needs_input_grad[0] else None
-        to_weight = F.grouped_mm(rows.t(), grad, offs=offsets) if ctx.needs_input_grad[1] else None
-        if to_weight is not None and grad.is_cuda and leaves_idle_gradients(torch.cuda.get_device_capability()):
-            clear_idle(to_weight, offsets)
-        return to_rows, to_weight, None
-
-
-class Trip(Protocol):
-    """The way of a layer's rows to their experts and back: what the seam `MoE.exchange` begins."""
-
-    def arrive(self) -> tuple[Tensor, Tensor, list[int] | None]:
-        """Rows for the experts of this process, in their order, and how many for each, also as the host knows it."""
-
-    def send_back(self, rows: Tensor) -> None:
-        """Take what the experts made of them."""
-
-    def home(self) -> Tensor:
-        """It, in the order in which the rows were sent."""
-
-
-class Stay:
-    """The trip of rows whose experts all live here."""
-
-    def __init__(self, rows: Tensor, loads: Tensor) -> None:
-        self.rows, self.loads = rows, loads
-
-    def arrive(self) -> tuple[Tensor, Tensor, None]:
-        return self.rows, self.loads, None
-
-    def send_back(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def home(self) -> Tensor:
-        return self.rows
-
-
-class Dispatch(NamedTuple):
-    """Rows for the experts, and what brings them back into the order of tokens."""
-
-    rows: Tensor  # (T K, D) in the order of experts, times their scores; padding last
-    order: Tensor  # (T K,), see `permute`
-    inverse: Tensor  # (T K,)
-    real: Tensor  # (), the number of rows that are not padding
+    rows: Tensor  # (R, D) in expert order, times their scores; padding last
+    order: Tensor  # (R,)
+    inverse: Tensor  # (R,)
+    n_real: Tensor  # (): the number of rows that are not padding
     loads: Tensor  # (E,)
     logits: Tensor  # (T, E)
 
 
 class MoE(nn.Module):
-    """Router, routed experts and the shared expert, which works while rows are on their way.
+    """Router, routed experts and the shared expert of block `layer` (from 0)."""
 
-    `exchange` is the seam: called with rows in the order of experts and loads (E,), it begins their `Trip`.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared = FeedForward(config.dim, config.expert_dim) if config.shared_expert else None
-        self.exchange: Callable[[Tensor, Tensor], Trip] = Stay
+        self.shared = SharedExpert(config, config.expert_dim) if config.shared_expert else None
+        self.exchange: Exchange = LocalExchange()  # `parallel` replaces it
 
-    def forward(self, x: Tensor, real: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, S, D), real (B, S) bool -> (B, S, D), loads (E,), logits (T, E) of `Routing`.
-
-        keys (SITES, B) make the router's noise.
-        """
+    def forward(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, D) -> (B, S, D), loads (E,), and the router's logits (T, E), see `Routing`."""
         tokens = x.flatten(0, 1)  # (T, D)
-        few = len(tokens) * self.router.top_k < len(self.router.bias) and not torch.is_grad_enabled()
-        if few and self.exchange is Stay and keys is None:  # a step of generation
-            return self.decode(x, real)
-        sent = self.dispatch(x, real, keys)
-        trip = self.exchange(sent.rows, sent.loads)
-        hidden = None if self.shared is None else self.shared.widen(tokens)
-        trip.send_back(self.experts(*trip.arrive()))
-        shared = None if self.shared is None or hidden is None else self.shared.narrow(hidden)
-        out = self.combine(trip.home(), shared, sent.order, sent.inverse, sent.real)
-        return out.view_as(x), sent.loads, sent.logits
+        if self._can_decode(len(tokens), context):
+            return self.decode(x, context)
+        routed = self.route(x, context)
+        # Autograd runs the newest nodes first. So in the backward, too, each transfer runs beside a half of the shared
+        # expert.
+        dispatching = self.exchange.dispatch(routed.rows, routed.loads)
+        hidden = None if self.shared is None else self.shared.project_up(tokens)
+        combining = self.exchange.combine(self.experts(*dispatching.wait()), dispatching)
+        shared = None if self.shared is None or hidden is None else self.shared.project_down(hidden)
+        out = self.unpermute(combining.wait(), shared, routed.order, routed.inverse, routed.n_real)
+        return out.view_as(x), routed.loads, routed.logits
 
-    def decode(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for fewer rows than experts and no gradient: nothing is sorted, only the chosen experts work."""
+    def route(self, x: Tensor, context: ForwardContext) -> RoutedRows:
+        """Pick the experts of the tokens x (B, S, D), and gather a row for each choice."""
         tokens = x.flatten(0, 1)
-        scores, experts, loads, logits = self.router(tokens, real.flatten(), None)
+        routing = self.router(tokens, context.is_real.flatten(), self._noise(x, context))
+        order, inverse = sort_by_expert(routing.experts, len(routing.loads))
+        n_real = routing.loads.sum()  # stays on the device, so that the host does not wait
+        rows = self.permute(tokens, routing.scores, order, inverse, n_real)
+        return RoutedRows(rows, order, inverse, n_real, routing.loads, routing.logits)
+
+    def _noise(self, x: Tensor, context: ForwardContext) -> Tensor | None:
+        """The router's noise (T, E) for x (B, S, D), if it has any."""
+        keys = context.rng_keys_of(self.layer, NOISE)
+        if keys is None or not self.training or self.router.noise is None:
+            return None
+        batch, length = x.shape[:2]
+        return normal(keys, length * len(self.router.bias)).view(batch * length, -1)
+
+    @part(compile=True)
+    def permute(self, tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor) -> Tensor:
+        """tokens (T, D), scores (T, K) -> rows (R, D) in expert order, times their scores."""
+        return permute(tokens, scores, order, inverse, n_real)
+
+    @part(compile=True)
+    def unpermute(self, rows: Tensor, shared: Tensor | None, order: Tensor, inverse: Tensor, n_real: Tensor) -> Tensor:
+        """rows (R, D) from the experts, shared (T, D) from the shared expert -> their sums (T, D)."""
+        routed = unpermute(rows, order, inverse, n_real, self.router.top_k)
+        return routed if shared is None else shared + routed
+
+    def _can_decode(self, n_tokens: int, context: ForwardContext) -> bool:
+        """Whether there are fewer rows than experts, as in a step of generation, and neither gradient nor transfers."""
+        has_few_rows = n_tokens * self.router.top_k < len(self.router.bias) and not torch.is_grad_enabled()
+        return has_few_rows and isinstance(self.exchange, LocalExchange) and context.rng_keys is None
+
+    def decode(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as `forward` for few rows without a gradient: no row is sorted, and only chosen experts are read."""
+        tokens = x.flatten(0, 1)
+        scores, experts, loads, logits = self.router(tokens, context.is_real.flatten(), None)
         rows = tokens[:, None] * scores[..., None].to(x.dtype)  # (T, K, D)
         out = self.experts.decode(rows.flatten(0, 1), experts.flatten()).view_as(rows).sum(1)
         if self.shared is not None:
-            out = self.shared.narrow(self.shared.widen(tokens)) + out
+            out = self.shared(tokens) + out
         return out.view_as(x), loads, logits
-
-    def dispatch(self, x: Tensor, real: Tensor, keys: Tensor | None) -> Dispatch:
-        """Route the tokens and lay out a row for each choice."""
-        tokens, noise = x.flatten(0, 1), None
-        if keys is not None and self.training and self.router.noise is not None:
-            noise = normal(keys[NOISE], x.shape[1] * len(self.router.bias)).view(len(tokens), -1)
-        scores, experts, loads, logits = self.router(tokens, real.flatten(), noise)
-        order, inverse = sort_choices(experts, len(loads))
-        count = loads.sum()  # stays on the device: nobody waits for it
-        rows = self.permute(tokens, scores, order, inverse, count)
-        return Dispatch(rows, order, inverse, count, loads, logits)
-
-    def permute(self, tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
-        return permute(tokens, scores, order, inverse, count)
-
-    def combine(self, rows: Tensor, shared: Tensor | None, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
-        """rows (T K, D) from the experts, shared (T, D) from the shared expert -> their sums (T, D)."""
-        routed = unpermute(rows, order, inverse, count, self.router.top_k)
-        return routed if shared is None else shared + routed

@@ -1,4 +1,4 @@
-"""RMS norm (arXiv:1910.07467), with sums in fp32 at least."""
+"""RMS norm (arXiv:1910.07467), whose sums are in fp32 or wider. Letters: D dim."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.initial_values import ONES
 from model.precision import cast
 
 
@@ -14,6 +15,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.initial_values = {"weight": ONES}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
@@ -23,7 +25,7 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x (..., D) over its root mean square, times weight (D,) if there is one, in the dtype of x."""
     if x.device.type == "cuda" and not torch.compiler.is_compiling():
-        # Its kernel reads rows of bf16 or fp16 and adds in fp32, as long as the weight has the same dtype.
+        # The CUDA kernel reads rows of bf16 or fp16 and adds in fp32, provided that the weight has the same dtype.
         return F.rms_norm(x, x.shape[-1:], weight if weight is None else cast(weight, x.dtype), eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = weight if weight is None else weight.to(wide)
@@ -35,14 +37,14 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """What comes out, and by what each row was scaled (..., 1)."""
+    """Returns the norm of x (..., D), and the factor of each row (..., 1)."""
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale if weight is None else (x * scale).mul_(weight), scale
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's own takes three times as long on a CPU, whose backward is put together from small operations."""
+    """RMS norm on a CPU. The one of torch takes three times as long, because its backward is many small operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -53,10 +55,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        along, to_weight = (grad * x).flatten(0, -2), None
+        product = (grad * x).flatten(0, -2)
         if weight is None:
-            dot = along.sum(-1)
+            dot, grad_weight = product.sum(-1), None
         else:
-            dot, to_weight, grad = along @ weight, scale.flatten() @ along, grad * weight
+            dot = product @ weight
+            grad_weight = scale.flatten() @ product
+            grad = grad * weight
         dot = dot.view_as(scale) * scale.pow(3).div_(-x.shape[-1])
-        return (grad * scale).addcmul_(x, dot), to_weight, None
+        return (grad * scale).addcmul_(x, dot), grad_weight, None

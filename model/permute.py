@@ -1,9 +1,13 @@
-"""Token order -> expert order and back: rows are gathered, and so are their gradients.
+"""Permutations of rows: from token order to expert order and back, and from packed rows to padded segments and back.
 
-Nothing is added into shared rows, in the forward or in the backward, so results are exact and deterministic on a GPU.
+Every forward and every backward here is a gather (`index_select`). No kernel adds to a row that another one writes,
+so results are exact and deterministic on a GPU.
 
-T tokens of width D with K choices each give R = T K rows. `order` (R,) is the choice of each row, `inverse` (R,) the
-row of each choice. Rows from `count` on belong to no expert: padding, whose output and gradient are zero.
+Letters: T tokens, K choices of each token (top-k), R rows, E experts, D dim, P places in padded segments.
+
+`order` (R,) holds the index of the row that comes to each place, `inverse` (R,) the place of each row. In expert order
+there are R = T K rows, one for each choice, and `n_real` (a tensor without dimensions) of them belong to an expert. The
+rows behind those are padding, whose output and gradient are zero.
 """
 
 from typing import Any
@@ -12,31 +16,57 @@ import torch
 from torch import Tensor
 
 
-def sort_choices(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """experts (T, K), n_experts for no expert -> order and inverse of rows sorted by expert, in the order of tokens."""
-    # A radix sort passes once over each byte of its keys.
-    narrow = torch.uint8 if n_experts < 256 else torch.int16 if n_experts < 1 << 15 else torch.int64
-    order = torch.argsort(experts.flatten().to(narrow), stable=True)
+def sort_by_expert(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """experts (T, K) or (R,), n_experts for no expert -> order and inverse of rows sorted by expert, then by token."""
+    # A radix sort makes one pass for each byte of its keys, so the keys are as narrow as possible.
+    if n_experts < 1 << 8:
+        key_dtype = torch.uint8
+    elif n_experts < 1 << 15:
+        key_dtype = torch.int16
+    else:
+        key_dtype = torch.int64
+    order = torch.argsort(experts.flatten().to(key_dtype), stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return order, inverse
 
 
-def permute(tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
+def permute(tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor) -> Tensor:
     """tokens (T, D), scores (T, K) -> rows (R, D) in expert order, each times its score."""
-    return _Permute.apply(tokens, scores, order, inverse, count)
+    return _Permute.apply(tokens, scores, order, inverse, n_real)
 
 
-def unpermute(rows: Tensor, order: Tensor, inverse: Tensor, count: Tensor, top_k: int) -> Tensor:
+def unpermute(rows: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor, top_k: int) -> Tensor:
     """rows (R, D) in expert order -> (T, D): the sum of each token's rows."""
-    return _Unpermute.apply(rows, order, inverse, count, top_k)
+    return _Unpermute.apply(rows, order, inverse, n_real, top_k)
 
 
-def _by_choice(rows: Tensor, inverse: Tensor, count: Tensor, top_k: int) -> Tensor:
+def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """rows (R, ...) -> the same rows in another order."""
+    return _Gather.apply(rows, order, inverse)
+
+
+def pad_segments(tokens: Tensor, token_at: Tensor, place_of: Tensor) -> Tensor:
+    """tokens (T, ...) -> (P, ...), where segments are padded to the length of their group.
+
+    token_at (P,) is the token at each place, and place_of (T,) the place of each token. A place of padding holds some
+    token; its gradient is ignored.
+    """
+    return _Gather.apply(tokens, token_at, place_of)
+
+
+def unpad_segments(groups: list[Tensor], token_at: Tensor, place_of: Tensor, padding: Tensor | None) -> Tensor:
+    """Groups of places, together (P, ...) -> tokens (T, ...). padding holds the places without a token, if any."""
+    return _UnpadSegments.apply(token_at, place_of, padding, *groups)
+
+
+def _by_choice(rows: Tensor, inverse: Tensor, n_real: Tensor, top_k: int) -> Tensor:
     """rows (R, D) in expert order -> (T, K, D), zero for padding."""
     chosen = rows.index_select(0, inverse)
-    padding = (inverse >= count)[:, None]
-    # Compiled, one kernel gathers and masks; else masking in place spares a copy.
-    chosen = chosen.masked_fill(padding, 0) if torch.compiler.is_compiling() else chosen.masked_fill_(padding, 0)
+    padding = (inverse >= n_real)[:, None]
+    if torch.compiler.is_compiling():  # one kernel gathers and masks
+        chosen = chosen.masked_fill(padding, 0)
+    else:  # masking in place saves a copy
+        chosen = chosen.masked_fill_(padding, 0)
     return chosen.unflatten(0, (-1, top_k))
 
 
@@ -46,33 +76,66 @@ def _sum_choices(x: Tensor) -> Tensor:
 
 
 def _token_of(order: Tensor, top_k: int) -> Tensor:
+    """order (R,) of choices -> the token (R,) of each row."""
     return order if top_k == 1 else order // top_k
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, count: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, scores, inverse, count)
+    def forward(ctx: Any, tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, scores, inverse, n_real)
         rows = tokens.index_select(0, _token_of(order, scores.shape[1]))
         return rows * scores.flatten().index_select(0, order)[:, None].to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        tokens, scores, inverse, count = ctx.saved_tensors
-        chosen = _by_choice(grad, inverse, count, scores.shape[1])
-        to_tokens = _sum_choices(chosen * scores[..., None].to(grad.dtype))
-        to_scores = (chosen * tokens[:, None]).sum(-1).to(scores.dtype)
-        return to_tokens, to_scores, None, None, None
+        tokens, scores, inverse, n_real = ctx.saved_tensors
+        chosen = _by_choice(grad, inverse, n_real, scores.shape[1])
+        grad_tokens = _sum_choices(chosen * scores[..., None].to(grad.dtype))
+        grad_scores = (chosen * tokens[:, None]).sum(-1).to(scores.dtype)
+        return grad_tokens, grad_scores, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, count: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.top_k = top_k
-        return _sum_choices(_by_choice(rows, inverse, count, top_k))
+        return _sum_choices(_by_choice(rows, inverse, n_real, top_k))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (order,) = ctx.saved_tensors
         return grad.index_select(0, _token_of(order, ctx.top_k)), None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """rows (R, ...) -> rows[order]. The gradient is a gather by the inverse, since each real row has one place."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _UnpadSegments(torch.autograd.Function):
+    """The results at places of padding are dropped, and their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, token_at: Tensor, place_of: Tensor, padding: Tensor | None, *groups: Tensor) -> Tensor:
+        ctx.save_for_backward(token_at, padding)
+        ctx.sizes = [len(group) for group in groups]
+        return torch.cat(groups).index_select(0, place_of)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        token_at, padding = ctx.saved_tensors
+        padded = grad.index_select(0, token_at)
+        if padding is not None:
+            padded.index_fill_(0, padding, 0)
+        return None, None, None, *padded.split(ctx.sizes)

@@ -1,7 +1,9 @@
-"""Random numbers as a function of their place, so that they do not depend on how work is laid out.
+"""Random numbers as a function of where they are used, so that they do not depend on the layout of the work.
 
-Initial weights are drawn by (seed, name, expert), dropout by (seed, step, sequence, site): the same at any number of
-processes and at any micro-batch size. No global generator is used.
+Initial weights are drawn by (seed, name, expert), dropout and router noise by (seed, step, sequence, layer, site). So
+they are the same for any number of processes and any micro-batch size. No global generator is used.
+
+Letters: B batch, E experts.
 """
 
 import hashlib
@@ -13,36 +15,40 @@ from torch import Tensor
 
 Window = Sequence[tuple[int, int]]  # (start, stop) in each dimension
 
-EMBEDDING, ATTENTION, FEED_FORWARD, NOISE = range(4)  # sites: the places of a layer that draw random numbers
+EMBEDDING, ATTENTION, FEED_FORWARD, NOISE = range(4)  # sites: the operations of a layer that draw random numbers
 SITES = 4
-BLOCK_NUMBERS = 1 << 25  # initial values that one generator draws: 128 MiB of fp32
+BLOCK_NUMBERS = 1 << 25  # numbers that one generator draws for an initial weight: 128 MiB of fp32
 
 
 def initial_normal(seed: int, name: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
-    """`window` of the normal initial values of parameter `name`; of a 3-D `shape` (E, ...) each expert by itself.
+    """`window` of the normal initial values of parameter `name`. Of a 3-D `shape` (E, ...) each expert is drawn alone.
 
-    Only experts and blocks of rows that overlap the window are drawn, so that no process holds or draws the whole of a
+    Only experts and blocks of rows that overlap the window are drawn, so that no process draws or holds the whole of a
     large weight. Returns fp32 on the CPU.
     """
     if len(shape) == 3:
-        first, *rest = window
-        experts = [_matrix(f"{seed}/{name}/{e}", shape[1:], std, rest) for e in range(*first)]
-        return torch.stack(experts) if experts else torch.empty(0, *(b - a for a, b in rest))
+        (start, stop), *matrix_window = window
+        experts = [_matrix(f"{seed}/{name}/{expert}", shape[1:], std, matrix_window) for expert in range(start, stop)]
+        return torch.stack(experts) if experts else torch.empty(0, *_sizes(matrix_window))
     return _matrix(f"{seed}/{name}", shape, std, window)
 
 
+def _sizes(window: Window) -> list[int]:
+    return [stop - start for start, stop in window]
+
+
 def _matrix(place: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
-    """`window` of a matrix whose rows are drawn in blocks of at most BLOCK_NUMBERS, each by a generator of its own."""
-    (start, stop), *rest = window
-    columns = tuple(slice(a, b) for a, b in rest)
+    """`window` of a matrix, whose rows are drawn in blocks of at most BLOCK_NUMBERS, each by its own generator."""
+    (start, stop), *other_dimensions = window
+    columns = tuple(slice(a, b) for a, b in other_dimensions)
     rows = max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
     parts = []
     for first in range(start // rows * rows, stop, rows):
         last = min(first + rows, shape[0])
-        # The first block keeps the seed of the name, so that weights of one block have the values they always had.
+        # The first block has the seed of the name alone, so that weights of one block keep the values of old versions.
         block = _normal(f"{place}/rows/{first}" if first else place, (last - first, *shape[1:]), std)
         parts.append(block[(slice(max(start - first, 0), min(stop, last) - first), *columns)].clone())
-    return torch.cat(parts) if parts else torch.empty([b - a for a, b in window])
+    return torch.cat(parts) if parts else torch.empty(_sizes(window))
 
 
 def _normal(place: str, shape: Sequence[int], std: float) -> Tensor:
@@ -51,27 +57,27 @@ def _normal(place: str, shape: Sequence[int], std: float) -> Tensor:
 
 
 def place_seed(place: str) -> int:
-    """A 63-bit seed that depends on every letter of `place`."""
+    """A 63-bit seed that depends on every character of `place`."""
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 1
 
 
 def sequence_keys(seed: int, step: int, index: Tensor) -> Tensor:
-    """The keys of the sequences `index` (B,) of the global batch of `step`. Returns int64 (B,)."""
+    """The random keys int64 (B,) of the sequences `index` (B,) of the global batch of `step`."""
     return fold(index.to(torch.int64), place_seed(f"{seed}/{step}"))
 
 
 def site_keys(keys: Tensor, n_layers: int) -> Tensor:
-    """Sequence keys (B,) -> the keys (n_layers + 1, SITES, B) of all sites: row 0 is the embedding's, i + 1 block i's.
+    """Sequence keys (B,) -> the keys (n_layers + 1, SITES, B) of all sites: row 0 for the embedding, i + 1 for block i.
 
-    They are computed together, since a key alone is a dozen operations on B numbers.
+    They are computed together, because a single key takes a dozen operations on B numbers.
     """
     layers = torch.arange(1, n_layers + 1, device=keys.device)[:, None]
-    of_layers = torch.cat([keys[None], fold(keys, layers)])  # (n_layers + 1, B)
-    return fold(of_layers[:, None], torch.arange(SITES, device=keys.device)[:, None])
+    layer_keys = torch.cat([keys[None], fold(keys, layers)])  # (n_layers + 1, B)
+    return fold(layer_keys[:, None], torch.arange(SITES, device=keys.device)[:, None])
 
 
 def fold(keys: Tensor, number: int | Tensor) -> Tensor:
-    """New keys (B,) that depend on every bit of `keys` and of `number` (the finalizer of splitmix64)."""
+    """New keys (B,) that depend on every bit of `keys` (B,) and of `number` (the finalizer of splitmix64)."""
     x = keys * -0x61C8864680B583EB + (number & 0x7FFFFFFFFFFFFFFF)
     x = (x ^ _shift64(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift64(x, 27)) * -0x6B2FB644ECCEEE15
@@ -79,9 +85,9 @@ def fold(keys: Tensor, number: int | Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:
-    """`x` (B, ...) with a share of its numbers set to 0 and the rest scaled up; unchanged without keys (B,) of a site.
+    """Dropout of `x` (B, ...) by the keys (B,) of a site; without keys `x` is returned unchanged.
 
-    The share is p rounded to 1/256.
+    The probability is p rounded to 1/256.
     """
     threshold = round(p * 256)
     if keys is None or threshold == 0:
@@ -91,24 +97,27 @@ def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:
 
 
 def normal(keys: Tensor, count: int) -> Tensor:
-    """fp32 (B, count) standard normal, a function of (key, place) alone (Box and Muller)."""
+    """Standard normal numbers, fp32 (B, count), a function of key and index alone (Box-Muller transform)."""
     bits = random_bytes(keys, 8 * count).contiguous().view(torch.int32)  # (B, 2 count)
     u, v = ((bits >> 8) & 0xFFFFFF).float().add(0.5).mul(2.0**-24).chunk(2, dim=-1)  # inside (0, 1)
     return (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
 
 
 def random_bytes(keys: Tensor, count: int) -> Tensor:
-    """uint8 (B, count), a function of (key, place) alone. (Compiled: int32 numbers from 0 to 255.)"""
-    low, high = keys.to(torch.int32)[:, None], (keys >> 32).to(torch.int32)[:, None]
+    """uint8 (B, count), a function of key and index alone. Compiled, they are int32 numbers from 0 to 255."""
+    low = keys.to(torch.int32)[:, None]
+    high = (keys >> 32).to(torch.int32)[:, None]
 
-    def words(place: Tensor) -> Tensor:
-        # the key enters twice: once would give sequences with near keys the same bytes at shifted places
-        return _mix32(_mix32(place ^ low) + high)
+    def words(index: Tensor) -> Tensor:
+        # Both halves of the key are mixed in, one after the other. One mix would give sequences with similar keys the
+        # same bytes at shifted indices.
+        return _mix32(_mix32(index ^ low) + high)
 
-    if torch.compiler.is_compiling():  # a kernel cannot view words as bytes: each place draws its word and takes one
-        place = torch.arange(count, dtype=torch.int32, device=keys.device)
-        return (words(place >> 2) >> ((place & 3) << 3)) & 0xFF
-    return words(torch.arange(-(-count // 4), dtype=torch.int32, device=keys.device)).view(torch.uint8)[:, :count]
+    if torch.compiler.is_compiling():  # a kernel cannot view words as bytes: each byte computes its word, and shifts it
+        index = torch.arange(count, dtype=torch.int32, device=keys.device)
+        return (words(index >> 2) >> ((index & 3) << 3)) & 0xFF
+    n_words = -(-count // 4)
+    return words(torch.arange(n_words, dtype=torch.int32, device=keys.device)).view(torch.uint8)[:, :count]
 
 
 def _mix32(x: Tensor) -> Tensor:

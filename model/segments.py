@@ -1,7 +1,9 @@
-"""Attention within segments of the rows: chunks, documents, or documents cut into chunks.
+"""Attention within segments of the rows: chunks, documents, or documents that are cut into chunks.
 
-A segment is a stretch of a row in which a token sees itself and what is before it, and nothing outside. Where the
-segments lie is the same for all layers of a kind, so it is worked out once a forward.
+A segment is a run of tokens of one row. A token sees itself and the tokens before it in its segment, and nothing else.
+The borders of segments are the same for all layers of a kind, so they are computed once for each forward.
+
+Letters: B batch, S sequence, T = B*S tokens, H query heads, KV key and value heads, P places in padded segments.
 """
 
 import functools
@@ -13,25 +15,56 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SLACK = 16  # tokens by which the segments of a group may differ in length,
-SHARE = 0.8  # or the shortest's share of the longest: fillers are at most that much of a group
+from model.permute import pad_segments, unpad_segments
 
-Fused = Callable[..., Tensor]  # q (N, H, L, head_dim), k, v (N, KV, L, head_dim) -> (N, H, L, head_dim)
+# A segment joins a group if its length is at least MIN_LENGTH_RATIO times the longest of the group, or at most
+# MAX_PADDING_TOKENS less. This limits the padding of a group.
+MIN_LENGTH_RATIO = 0.8
+MAX_PADDING_TOKENS = 16
 
-
-class Past(Protocol):
-    """What the tokens of a forward see, where that is not the whole row before them."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: Fused) -> Tensor:
-        """q (B, S, H, head_dim), k, v (B, S, KV, head_dim) -> (B, S, H, head_dim)."""
+# q (N, H, L, head_dim), k and v (N, KV, L, head_dim); mask (N, 1, L, L) or causal=True -> (N, H, L, head_dim)
+FusedAttention = Callable[..., Tensor]
 
 
-def segmented(starts: Tensor, x: Tensor, dropout: bool) -> Past:
-    """Segments that begin at starts (B, S), for activations like x; FlexAttention has no `dropout`."""
-    flex = not dropout and x.dtype != torch.float64 and flex_available(x.device)
-    return Flex(starts) if flex else Groups(starts, x.device)
+class AttentionMask(Protocol):
+    """Attention in which tokens do not see the whole row up to themselves."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
+        """q (B, S, H, head_dim), k and v (B, S, KV, head_dim) -> (B, S, H, head_dim)."""
+
+
+def chunk_mask(batch: int, length: int, chunk: int, device: torch.device) -> AttentionMask:
+    """The mask of rows (batch, length), each one document, that are cut into chunks of `chunk` tokens."""
+    starts = torch.arange(length) % chunk == 0
+    return SegmentGroups(starts.expand(batch, -1), device)
+
+
+def document_masks(
+    documents: Tensor, positions: Tensor, chunk: int | None, x: Tensor, dropout: bool
+) -> tuple[AttentionMask, AttentionMask]:
+    """The masks of NoPE layers and of RoPE layers, for documents (B, S) that are cut into chunks on RoPE layers.
+
+    positions (B or 1, S) count within each document. x and dropout are as in `segment_mask`.
+    """
+    starts = _changes(documents)
+    full = segment_mask(starts, x, dropout)
+    if chunk is None:
+        return full, full
+    return full, segment_mask(starts | _changes(positions // chunk), x, dropout)
+
+
+def segment_mask(starts: Tensor, x: Tensor, dropout: bool) -> AttentionMask:
+    """The mask of segments that begin at starts (B, S), for activations like x. FlexAttention has no dropout."""
+    use_flex = not dropout and x.dtype != torch.float64 and flex_available(x.device)
+    return FlexSegments(starts) if use_flex else SegmentGroups(starts, x.device)
+
+
+def _changes(x: Tensor) -> Tensor:
+    """x (B, S) -> whether each number differs from the one before it; True for the first of a row."""
+    return F.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
 
 
 @functools.cache
@@ -41,7 +74,7 @@ def flex_available(device: torch.device) -> bool:
 
 
 def flex_supported(device: torch.device) -> bool:
-    """Whether FlexAttention is what this device should use, if it can be compiled."""
+    """Whether this device should use FlexAttention, if it can be compiled."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -52,9 +85,9 @@ def c_compiler() -> str | None:
 
 
 def triton_lacks() -> str | None:
-    """What Triton needs to start its kernels and does not find here, in words; None if nothing is missing.
+    """What Triton needs to start its kernels and does not find on this machine, in words; None if nothing is missing.
 
-    It compiles a C module that starts them at the first kernel, which would otherwise fail in the first step.
+    Triton compiles a C module at its first kernel, which would otherwise fail in the first step.
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
@@ -67,122 +100,104 @@ def triton_lacks() -> str | None:
     return None
 
 
-class Groups:
-    """Segments of like length become the rows of a batch: causal attention of a group at a time, no mask at all.
+class SegmentGroups:
+    """Causal attention of groups of segments: segments of similar lengths become the rows of one batch, without a mask.
 
-    Each token has its slot in one group; the fillers behind shorter segments are behind every real query, too, so that
-    no token sees them.
+    Each token has one place in one group. Shorter segments are padded at their end, where causal attention hides the
+    padding from every token.
+
+    Attributes:
+        shapes: the number of segments of each group, and their padded length.
+        token_at: (P,) the token at each place; None if places are the tokens in their order.
+        place_of: (T,) the place of each token; None in the same case.
+        padding: the places without a token; None if there are none.
     """
 
     def __init__(self, starts: Tensor, device: torch.device) -> None:
-        """starts (B, S) bool: whether a segment begins at a token; the first of a row always begins one.
+        """starts (B, S) bool: whether a segment begins at a token, which must be True for the first token of a row.
 
-        Waits for the device where `starts` lies.
+        Waits for the device that holds `starts`.
         """
-        first = starts.flatten().nonzero()[:, 0].cpu()  # of each segment, its first token among all
+        first = starts.flatten().nonzero()[:, 0].cpu()  # the first token of each segment, counted over all rows
         lengths, order = first.diff(append=torch.tensor([starts.numel()])).sort(descending=True, stable=True)
         first = first[order]
-        self.shapes = _group(lengths.tolist())  # segments and length of each group
-        self.slots: Tensor | None = None  # (P,) the token of each slot, (T,) the slot of each token, and the fillers;
-        self.inverse: Tensor | None = None  # all None where slots are the tokens in their order
-        self.fillers: Tensor | None = None
-        places, real, at = [], [], 0
+        self.shapes = _group_lengths(lengths.tolist())
+        self.token_at: Tensor | None = None
+        self.place_of: Tensor | None = None
+        self.padding: Tensor | None = None
+        tokens, filled = [], []
+        begin = 0
         for count, length in self.shapes:
+            group = slice(begin, begin + count)
             within = torch.arange(length)
-            fits = within < lengths[at : at + count, None]
-            places.append((first[at : at + count, None] + within * fits).flatten())  # a filler: the segment's first
-            real.append(fits.flatten())
-            at += count
-        slots, taken = torch.cat(places), torch.cat(real).nonzero()[:, 0]
-        if len(self.shapes) > 1 or len(taken) < len(slots):
-            inverse = torch.empty(starts.numel(), dtype=torch.int64)
-            inverse[slots[taken]] = taken
-            self.slots, self.inverse = slots.to(device), inverse.to(device)
-            if len(taken) < len(slots):
-                self.fillers = (~torch.cat(real)).nonzero()[:, 0].to(device)
+            is_token = within < lengths[group, None]
+            tokens.append((first[group, None] + within * is_token).flatten())  # padding repeats the first token
+            filled.append(is_token.flatten())
+            begin += count
+        token_at, is_filled = torch.cat(tokens), torch.cat(filled)
+        places = is_filled.nonzero()[:, 0]
+        has_padding = len(places) < len(token_at)
+        if len(self.shapes) > 1 or has_padding:
+            place_of = torch.empty(starts.numel(), dtype=torch.int64)
+            place_of[token_at[places]] = places
+            self.token_at, self.place_of = token_at.to(device), place_of.to(device)
+            if has_padding:
+                self.padding = (~is_filled).nonzero()[:, 0].to(device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: Fused) -> Tensor:
-        shape, laid = q.shape, [t.flatten(0, 1) for t in (q, k, v)]
-        if self.slots is not None:
-            laid = [_Lay.apply(t, self.slots, self.inverse) for t in laid]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
+        shape = q.shape
+        qkv = [t.flatten(0, 1) for t in (q, k, v)]
+        if self.token_at is not None and self.place_of is not None:
+            qkv = [pad_segments(t, self.token_at, self.place_of) for t in qkv]
         sizes = [count * length for count, length in self.shapes]
         outs = []
-        for (count, length), *parts in zip(self.shapes, *(t.split(sizes) for t in laid), strict=True):
-            q, k, v = (t.unflatten(0, (count, length)).transpose(1, 2) for t in parts)
+        for (count, length), *group in zip(self.shapes, *(t.split(sizes) for t in qkv), strict=True):
+            q, k, v = (t.unflatten(0, (count, length)).transpose(1, 2) for t in group)
             outs.append(fused(q, k, v, causal=True).transpose(1, 2).flatten(0, 1))
-        if self.slots is None:
+        if self.token_at is None or self.place_of is None:
             return outs[0].view(shape)
-        return _Return.apply(self.slots, self.inverse, self.fillers, *outs).view(shape)
+        return unpad_segments(outs, self.token_at, self.place_of, self.padding).view(shape)
 
 
-def _group(lengths: list[int]) -> list[tuple[int, int]]:
-    """Lengths, longest first -> (how many, the longest) of each group of neighbours that are near enough."""
+def _group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
+    """Lengths of segments, longest first -> (number of segments, the longest) of each group of similar lengths."""
     groups: list[tuple[int, int]] = []
     for length in lengths:
-        count, longest = groups[-1] if groups else (0, 0)
-        if length >= min(SHARE * longest, longest - SLACK) and count:
-            groups[-1] = (count + 1, longest)
-        else:
-            groups.append((1, length))
+        if groups:
+            count, longest = groups[-1]
+            if length >= min(MIN_LENGTH_RATIO * longest, longest - MAX_PADDING_TOKENS):
+                groups[-1] = (count + 1, longest)
+                continue
+        groups.append((1, length))
     return groups
 
 
-class _Lay(torch.autograd.Function):
-    """tokens (T, ...) -> slots (P, ...); the gradient is a gather, since a token has one slot."""
+class FlexSegments:
+    """FlexAttention (arXiv:2412.05496) with a block mask, compiled at its first use; used on CUDA.
 
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, slots: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return tokens.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None
-
-
-class _Return(torch.autograd.Function):
-    """Groups of slots -> tokens (T, ...); what fillers got is dropped, and their gradient is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, slots: Tensor, inverse: Tensor, fillers: Tensor | None, *groups: Tensor) -> Tensor:
-        ctx.save_for_backward(slots, fillers)
-        ctx.sizes = [len(group) for group in groups]
-        return torch.cat(groups).index_select(0, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        slots, fillers = ctx.saved_tensors
-        laid = grad.index_select(0, slots)
-        if fillers is not None:
-            laid.index_fill_(0, fillers, 0)
-        return None, None, None, *laid.split(ctx.sizes)
-
-
-class Flex:
-    """FlexAttention (arXiv:2412.05496) with a mask of blocks, compiled at its first use: what CUDA takes.
-
-    Written by its documentation: what it computes is tested uncompiled on a CPU, it has never run on a GPU.
+    Written after its documentation. Tests compare its results on a CPU without compilation; it has never run on a GPU.
     """
 
     def __init__(self, starts: Tensor) -> None:
-        """starts (B, S) bool, as for `Groups`; nobody waits for the device."""
-        number = starts.cumsum(1)  # of the segment, (B, S)
+        """starts (B, S) bool, as for `SegmentGroups`. The host does not wait for the device."""
+        segment = starts.cumsum(1)  # the number of each token's segment, (B, S)
 
         def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (number[b, query] == number[b, key])
+            return (query >= key) & (segment[b, query] == segment[b, key])
 
         batch, length = starts.shape
-        make_mask, self.flex = _flex()
-        self.mask = make_mask(sees, batch, None, length, length, device=starts.device)
+        create_block_mask, self.flex_attention = _flex_functions()
+        self.block_mask = create_block_mask(sees, batch, None, length, length, device=starts.device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: Fused) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
         grouped = q.shape[2] != k.shape[2]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return self.flex(q, k, v, block_mask=self.mask, enable_gqa=grouped).transpose(1, 2)
+        return self.flex_attention(q, k, v, block_mask=self.block_mask, enable_gqa=grouped).transpose(1, 2)
 
 
 @functools.cache
-def _flex() -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+def _flex_functions() -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """create_block_mask and flex_attention, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(create_block_mask), torch.compile(flex_attention)

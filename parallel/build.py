@@ -1,4 +1,4 @@
-"""One model -> its part on this process: built on the meta device, sharded, then filled in place.
+"""A model on this process: built on the meta device, sharded, and then filled in place.
 
 No process ever holds the whole model.
 """
@@ -12,7 +12,7 @@ from parallel.compile import compile_parts
 from parallel.experts import ExpertPlacement, as_global_dtensor, distribute
 from parallel.fsdp import shard, to_local, to_local_with_window
 from parallel.mesh import Mesh
-from parallel.recompute import recompute
+from parallel.recompute import recompute_parts
 
 
 def build_model(
@@ -23,20 +23,24 @@ def build_model(
     dtype: torch.dtype,
     mesh: Mesh | None,
     overlap: bool = True,
-    again: str = "none",
-    compiled: bool = False,
+    recompute: str = "none",
+    compile: bool = False,
 ) -> Transformer:
-    """The model with its initial weights (fp32), computing in `dtype`, spread over `mesh` if there is one.
+    """This process's part of the model, with its initial weights (fp32).
 
-    overlap lets the exchange of rows run beside the shared expert; `again` is train.recompute, `compiled`
-    train.compile.
+    Args:
+        dtype: that of the activations.
+        mesh: the processes that share the model; None for a single process.
+        overlap: whether the exchange of rows runs beside the shared expert (parallel.overlap).
+        recompute: train.recompute: none, selective or full.
+        compile: train.compile.
     """
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
     model.compute_dtype = dtype
-    if compiled:
+    if compile:
         compile_parts(model)
-    recompute(model, again)
+    recompute_parts(model, recompute)
     if mesh is not None:
         if mesh.sparse is not None:
             distribute(model, ExpertPlacement(config.n_experts, mesh.degrees.expert), mesh.sparse, overlap)
@@ -45,6 +49,6 @@ def build_model(
     for module in model.modules():
         if isinstance(module, Experts):
             for weight in module.parameters():
-                to_local(weight).zero_()  # dead slots stay so
+                to_local(weight).zero_()  # slots without an expert keep these zeros
     model.init_weights(seed, lambda name, parameter: to_local_with_window(as_global_dtensor(model, name, parameter)))
     return model

@@ -1,48 +1,37 @@
-"""torch.compile by parts, each alone: what has no message and no choice in it.
+"""train.compile: torch.compile for the parts of the model that declare it (`model/parts.py`), each part alone.
 
-A part lies between products, and becomes one kernel or two: dropout of the embedding; RoPE with the norm of queries and
-keys. After attention: dropout, the residual sum and the second norm. In the mixture: the rows laid out in expert order,
-SwiGLU, and the sum of what the experts made; the statistics of all routers. In the head: the loss and the gradient of a
-chunk of logits. Products, attention, routing and the exchange of rows stay outside.
+These parts lie between matrix products, and each becomes one or two kernels: dropout of the embedding; RoPE and the
+norm of queries and keys; after attention, dropout, the residual sum and the second norm; in an MoE, the rows in expert
+order, SwiGLU, and the sum of the experts' outputs; the statistics of all routers; in the head, the loss and the
+gradient of a chunk of logits. Matrix products, attention, routing and the exchange of rows are not compiled.
 
-A part is compiled at its first use in training, and used in training only: evaluation and generation meet many lengths.
-The number of rows that experts receive differs from step to step, so their SwiGLU is compiled for any number.
+A part is compiled at its first use in training. Evaluation and generation use the plain method, because their rows
+have many lengths.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from model.loss import chunk_gradient, linear_cross_entropy
-from model.moe import FeedForward, MoE
-from model.transformer import Block, Transformer
+from model.parts import parts_of
 
 
-def compile_parts(model: Transformer) -> None:
-    """Make a model run its parts compiled, in training."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            inner = block.feed_forward
-            _compile(block, "join")
-            _compile(block, "add")
-            _compile(block.attention, "position")
-            if isinstance(inner, FeedForward):
-                _compile(inner, "activate")
-            elif isinstance(inner, MoE):
-                _compile(inner, "permute")
-                _compile(inner, "combine")
-                _compile(inner.experts, "activate", dynamic=True)
-                if inner.shared is not None:
-                    _compile(inner.shared, "activate")
-    _compile(model, "drop")
-    _compile(model, "statistics")
-    model.head.loss = partial(linear_cross_entropy, gradient=torch.compile(chunk_gradient, dynamic=False))
+def compile_parts(model: nn.Module) -> None:
+    """Make the parts of a model that declare it run compiled in training."""
+    for module, part in parts_of(model):
+        if part.compile:
+            part.wrap(module, _compiled_in_training(module, part.dynamic))
 
 
-def _compile(module: nn.Module, method: str, dynamic: bool = False) -> None:
-    plain: Callable[..., Any] = getattr(module, method)
-    fast = torch.compile(plain, dynamic=dynamic)
-    setattr(module, method, lambda *args: (fast if module.training else plain)(*args))
+def _compiled_in_training(module: nn.Module, dynamic: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrapper(method: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(method, dynamic=dynamic)
+
+        def call(*args: Any) -> Any:
+            return compiled(*args) if module.training else method(*args)
+
+        return call
+
+    return wrapper

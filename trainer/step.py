@@ -116,7 +116,7 @@ def forward(run: Run, micro_batch: Batch, shares: Tensor | None = None) -> Outpu
         # computed on the CPU, because the launches of kernels would cost more than these few numbers
         keys = site_keys(sequence_keys(run.config.train.seed, run.step, micro_batch.index), config.n_layers)
         keys = to_device(keys, run.device)
-    return run.model(batch.tokens, batch.targets, batch.positions, batch.documents, keys, shares=shares)
+    return run.model(batch.tokens, batch.targets, batch.positions, batch.documents, keys, load_shares=shares)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Figures other than the training step: memory of the loss, attention in segments, loader, encoding, start of a run."""
 
+import dataclasses
 import itertools
 import os
 import random
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import Attention, Places
+from model.attention import Attention
 from model.config import ModelConfig
+from model.context import ForwardContext
 from model.loss import linear_cross_entropy
 from tests.bench.harness import Figure, alternate, figure, peak, reset_peak
 from tests.support.pool import Pool
@@ -75,10 +77,11 @@ def attention(repeats: int) -> list[Figure]:
             torch.nn.init.normal_(weight, std=0.02)
 
         def step(mask: bool, layer: Attention = layer, documents: Tensor | None = documents) -> None:
-            places = Places.of(layer.config, x, positions, documents)  # once a forward
+            context = ForwardContext.create(layer.config, x, documents=documents)  # once a forward
             if mask:
-                places.chunked = Masked((positions // 256).expand(rows, -1) if documents is None else documents)
-            layer(x, places).sum().backward()
+                numbers = (positions // 256).expand(rows, -1) if documents is None else documents
+                context = dataclasses.replace(context, chunked_mask=Masked(numbers))
+            layer(x, context).sum().backward()
 
         times = alternate({"ours": partial(step, False), "masked": partial(step, True)}, repeats)
         name = f"attention in {segments}, {rows} x {length:,} tokens, dim 256, forward and backward"

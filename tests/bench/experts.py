@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.context import ForwardContext
 from model.moe import MoE
 from parallel import mesh
 from parallel.build import build_model
@@ -25,7 +26,7 @@ CONFIG = ModelConfig(dim=768, expert_dim=2048, n_experts=31, n_layers=1)
 
 def moe_block() -> MoE:
     """An MoE block with initial weights."""
-    moe = MoE(CONFIG)
+    moe = MoE(CONFIG, 0)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return moe
@@ -33,10 +34,10 @@ def moe_block() -> MoE:
 
 def step(moe: nn.Module, x: Tensor) -> Callable[[], None]:
     """A function for forward and backward of a block on x (B, S, D)."""
-    real = torch.ones(x.shape[:2], dtype=torch.bool)
+    context = ForwardContext.create(CONFIG, x)
 
     def call() -> None:
-        out, _, _ = moe(x, real)
+        out, _, _ = moe(x, context)
         out.backward(x.detach())
         for tensor in (x, *moe.parameters()):
             tensor.grad = None
@@ -51,9 +52,9 @@ class Loop(nn.Module):
         super().__init__()
         self.moe = moe
 
-    def forward(self, x: Tensor, real: Tensor) -> tuple[Tensor, None, None]:
+    def forward(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, None, None]:
         moe, tokens = self.moe, x.flatten(0, 1)
-        scores, experts, _, _ = moe.router(tokens, real.flatten(), None)
+        scores, experts, _, _ = moe.router(tokens, context.is_real.flatten(), None)
         out = torch.zeros_like(tokens)
         for e in range(CONFIG.n_experts):
             rows = (experts[:, 0] == e).nonzero()[:, 0]
@@ -78,13 +79,13 @@ def measure(repeats: int) -> list[Figure]:
     """All figures of the experts."""
     keep_freed_memory()
     moe, x = moe_block(), torch.randn(4, TOKENS // 4, CONFIG.dim, requires_grad=True)
-    real, tokens = torch.ones(x.shape[:2], dtype=torch.bool), x.detach().flatten(0, 1)
+    context, tokens = ForwardContext.create(CONFIG, x), x.detach().flatten(0, 1)
 
     def routing() -> None:
         """Routing, sorting and regrouping, and their backward, without the experts."""
         y = tokens.view_as(x).requires_grad_()
-        sent = moe.dispatch(y, real, None)
-        moe.combine(sent.rows, None, sent.order, sent.inverse, sent.real).backward(tokens)
+        routed = moe.route(y, context)
+        moe.unpermute(routed.rows, None, routed.order, routed.inverse, routed.n_real).backward(tokens)
         moe.router.weight.grad = None
 
     pool, threads = Pool(), torch.get_num_threads()

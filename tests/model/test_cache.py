@@ -1,4 +1,4 @@
-"""Generation's cache: what it gives is what the whole forward gives, whatever the lengths of prompts and chunks."""
+"""The cache of generation: logits equal those of a whole forward, whatever the lengths of prompts and chunks."""
 
 import pytest
 import torch
@@ -9,32 +9,32 @@ LENGTHS = [1, 7, 8, 9, 17, 3]  # around the chunk of 8
 KINDS = [{}, {"attention_chunk": None}, {"nope_every": 2, "n_kv_heads": 1, "top_k": 2}, {"nope_every": 0}]
 
 
-def stepped(model, tokens, prompts, end):
+def generate_logits(model, tokens, prompts, end):
     """Logits (B, 1, V) after the prompts of these lengths and after each token up to the longest row's `end`."""
     cache = model.new_cache(prompts, end)
     outputs = [model(tokens[:, : max(prompts)], cache=cache)]
     while max(cache.lengths) <= end:
-        places = torch.tensor(cache.lengths)[:, None] - 1
-        outputs.append(model(tokens.gather(1, places), cache=cache))
+        last = torch.tensor(cache.lengths)[:, None] - 1
+        outputs.append(model(tokens.gather(1, last), cache=cache))
     return outputs, cache
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("keys", KINDS)
 @pytest.mark.parametrize("first", [1, 7, 8, 9, 17])
-def test_cached_equals_uncached(first, keys):
+def test_logits_with_and_without_cache_are_equal(first, keys):
     model, tokens = make(**keys).eval(), random_tokens()
-    outputs, _ = stepped(model, tokens, [first, first], 30)
+    outputs, _ = generate_logits(model, tokens, [first, first], 30)
     got = torch.cat([output.logits for output in outputs], 1)
     torch.testing.assert_close(got, model(tokens).logits[:, first - 1 :])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("keys", KINDS)
-def test_each_row_of_prompts_of_unequal_length_is_as_alone(keys):
-    """At its own positions, whatever stands where others are padded; and no padding is sent to an expert."""
+def test_prompts_of_unequal_length_are_independent(keys):
+    """Each row has its own positions, whatever tokens pad the others, and no padding is sent to an expert."""
     model, tokens = make(**keys).eval(), random_tokens(len(LENGTHS), 40)
-    outputs, _ = stepped(model, tokens, LENGTHS, 37)
+    outputs, _ = generate_logits(model, tokens, LENGTHS, 37)
     whole = model(tokens).logits
     for row, first in enumerate(LENGTHS):
         got = torch.cat([output.logits[row] for output in outputs])
@@ -45,30 +45,30 @@ def test_each_row_of_prompts_of_unequal_length_is_as_alone(keys):
 
 
 @torch.no_grad()
-def test_rows_that_are_kept_go_on_as_before():
+def test_rows_that_are_kept_continue_as_before():
     model, tokens = make().eval(), random_tokens(len(LENGTHS), 40)
-    _, cache = stepped(model, tokens, LENGTHS, 20)
+    _, cache = generate_logits(model, tokens, LENGTHS, 20)
     rows = [5, 0, 3]
-    cache.keep(rows)
-    at = [length - 1 for length in cache.lengths]
-    got = model(torch.stack([tokens[row, [place]] for row, place in zip(rows, at, strict=True)]), cache=cache).logits
+    cache.keep_rows(rows)
+    last = [length - 1 for length in cache.lengths]
+    got = model(tokens[rows, last][:, None], cache=cache).logits
     whole = model(tokens).logits
-    torch.testing.assert_close(got[:, 0], whole[rows, at])
+    torch.testing.assert_close(got[:, 0], whole[rows, last])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("capacity, chunked", [(64, 8), (5, 5)])
-def test_a_chunked_layer_holds_one_chunk(capacity, chunked):
+def test_cache_of_a_layer_with_chunks_holds_one_chunk(capacity, chunked):
     model = make().eval()
-    _, cache = stepped(model, random_tokens(2, capacity), [2, 5], capacity)
+    _, cache = generate_logits(model, random_tokens(2, capacity), [2, 5], capacity)
     c = model.config
-    for layer, held in enumerate(cache.layers):
-        slots = chunked if c.uses_rope(layer) else capacity
-        assert held.k.shape == held.v.shape == (2, slots, c.kv_heads, c.head)
-        assert held.k.untyped_storage().nbytes() == held.k.numel() * 8  # no view into something larger
+    for layer, layer_cache in enumerate(cache.layers):
+        entries = chunked if c.uses_rope(layer) else capacity
+        assert layer_cache.k.shape == layer_cache.v.shape == (2, entries, c.kv_heads, c.head)
+        assert layer_cache.k.untyped_storage().nbytes() == layer_cache.k.numel() * 8  # no view of a larger tensor
 
 
-def test_tokens_that_do_not_fit_are_refused():
+def test_tokens_that_do_not_fit_the_cache_raise_an_error():
     model, tokens = make().eval(), random_tokens(2, 12)
     cache = model.new_cache([5, 3], 6)
     with pytest.raises(ValueError, match="4 tokens a row do not fit prompts"):
@@ -77,7 +77,7 @@ def test_tokens_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="2 tokens a row do not fit rows"):
         model(tokens[:, :2], cache=cache)
     model(tokens[:, :1], cache=cache)
-    with pytest.raises(ValueError, match="do not fit rows of .7, 5. in 6 places"):
+    with pytest.raises(ValueError, match="do not fit rows of lengths .7, 5. in a cache of 6 tokens"):
         model(tokens[:, :1], cache=cache)
-    with pytest.raises(ValueError, match="one document each"):
+    with pytest.raises(ValueError, match="each row is one document"):
         model(tokens, documents=tokens, cache=model.new_cache([12, 12], 12))

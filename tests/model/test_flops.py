@@ -1,4 +1,4 @@
-"""Operations a token, as the config reckons them, and as torch counts them in the real model."""
+"""Operations per token: `ModelConfig.flops_per_token` equals the number that torch counts in the model."""
 
 import pytest
 import torch
@@ -20,16 +20,17 @@ def product(into: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
 def counted(config: ModelConfig) -> int:
     """Operations of a forward and a backward, as torch counts them.
 
-    In fp64 each product is one that it knows: grouped_mm and fused attention are not, and addmm_ only when told.
+    torch does not count grouped_mm and fused attention, so the model runs in fp64, which uses neither. Nor does it
+    count addmm_, whose formula is passed to it.
     """
     model = Transformer(config, VOCABULARY).double().train()
     model.compute_dtype = torch.float64
     model.init_weights(0)
     tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
-    keys = site_keys(sequence_keys(0, 0, torch.arange(ROWS)), config.n_layers)
-    known = {torch.ops.aten.addmm_: product}
-    with FlopCounterMode(display=False, custom_mapping=known) as counter, sdpa_kernel(SDPBackend.MATH):
-        output = model(tokens, tokens, keys=keys)
+    rng_keys = site_keys(sequence_keys(0, 0, torch.arange(ROWS)), config.n_layers)
+    formulas = {torch.ops.aten.addmm_: product}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(tokens, tokens, rng_keys=rng_keys)
         output.loss.backward()
     return counter.get_total_flops()
 
@@ -45,8 +46,8 @@ def counted(config: ModelConfig) -> int:
     ],
 )
 def test_operations_are_those_that_torch_counts(keys):
-    """Exactly, but for this: torch counts the scores of all keys, of which a causal mask hides nearly half, and one
-    product of a vector in the backward of each norm on a CPU.
+    """Equal after two corrections: torch also counts the scores that the causal mask hides, nearly half of them, and,
+    on a CPU, a product with a vector in the backward of each norm.
     """
     config = ModelConfig(**{**SHAPE, **keys})
     hidden = 0.0
@@ -54,15 +55,15 @@ def test_operations_are_those_that_torch_counts(keys):
         chunk = config.attention_chunk if config.attention_chunk and config.uses_rope(layer) else LENGTH
         hidden += 3 * 4 * config.n_heads * config.head * (chunk - (chunk + 1) / 2)
     norms = (2 * config.n_layers + 1) * 2 * config.dim
-    want = config.flops_per_token(VOCABULARY, LENGTH) + hidden + norms
-    assert counted(config) == pytest.approx(ROWS * LENGTH * want, rel=1e-12)
+    expected = config.flops_per_token(VOCABULARY, LENGTH) + hidden + norms
+    assert counted(config) == pytest.approx(ROWS * LENGTH * expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(24, None), (24, 8), (24, 7), (5, 8)])
-def test_average_keys_are_those_that_a_causal_mask_shows(length, chunk):
+def test_average_keys_are_those_of_a_causal_mask(length, chunk):
     config = ModelConfig(**{**SHAPE, "attention_chunk": chunk, "nope_every": 4})
-    at = torch.arange(length)
-    for layer in (0, 3):  # with RoPE and chunks, and the NoPE layer, which sees the whole past
-        part = at // chunk if chunk and layer == 0 else at * 0
-        seen = (at[:, None] >= at) & (part[:, None] == part)
+    position = torch.arange(length)
+    for layer in (0, 3):  # a RoPE layer with chunks, and the NoPE layer, which sees all tokens before
+        segment = position // chunk if chunk and layer == 0 else torch.zeros_like(position)
+        seen = (position[:, None] >= position) & (segment[:, None] == segment)
         assert config.average_keys(layer, length) == pytest.approx(float(seen.sum(1).double().mean()))

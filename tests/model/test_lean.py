@@ -1,4 +1,4 @@
-"""What a step asks of a device: each operation is a launch on a GPU, and each number read by the host is a wait."""
+"""The operations of a step: on a GPU each is a kernel launch, and each number that the host reads is a wait."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import loss
 from model.attention import has_flash
 from model.config import ModelConfig
-from model.moe import clear_idle, has_grouped_kernel, leaves_idle_gradients
+from model.grouped import clear_idle, has_grouped_kernel, leaves_idle_gradients
 from model.random import SITES, sequence_keys, site_keys
 from model.transformer import Transformer
 
@@ -16,8 +16,8 @@ A100, L4, T4, H100, B200, RTX = (8, 0), (8, 9), (7, 5), (9, 0), (10, 0), (12, 0)
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "is_nonzero", "equal")
 
 
-class Asked(TorchDispatchMode):
-    """Counts operations that are not views, and notes those for whose result the host would wait."""
+class Operations(TorchDispatchMode):
+    """Counts operations that are not views, and records those for whose result the host would wait."""
 
     def __init__(self):
         super().__init__()
@@ -26,46 +26,48 @@ class Asked(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         first = func._schema.returns[0] if func._schema.returns else None
-        self.count += first is None or first.alias_info is None or first.alias_info.is_write
-        self.waits += [name] if name.removeprefix("aten::") in WAITS else []
+        if first is None or first.alias_info is None or first.alias_info.is_write:
+            self.count += 1
+        if name.removeprefix("aten::") in WAITS:
+            self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
 
 def step(n_layers, **keys):
-    """What the forward and the backward of a micro-batch with dropout ask."""
+    """The operations of the forward and of the backward of a micro-batch with dropout."""
     shape = dict(dim=32, n_heads=2, expert_dim=32, n_experts=8, max_seq_len=32, dropout=0.1, nope_every=0)
     config = ModelConfig(n_layers=n_layers, **{**shape, **keys})
     model = Transformer(config, 50)
     model.init_weights(0)
     model.train()
     tokens = torch.randint(0, 50, (4, 32), generator=torch.Generator().manual_seed(0))
-    sites = site_keys(sequence_keys(0, 0, torch.arange(4)), n_layers)
-    with Asked() as forward:
-        out = model(tokens, tokens, keys=sites)
-    with Asked() as backward:
+    rng_keys = site_keys(sequence_keys(0, 0, torch.arange(4)), n_layers)
+    with Operations() as forward:
+        out = model(tokens, tokens, rng_keys=rng_keys)
+    with Operations() as backward:
         (out.loss + out.penalty).backward()
     return forward, backward
 
 
-def test_operations_of_a_layer():
-    """At most 135 in the forward and 75 in the backward, uncompiled; some 60 of them draw the masks of dropout."""
+def test_number_of_operations_of_a_layer():
+    """At most 135 in the forward and 75 in the backward, uncompiled; about 60 of them draw the masks of dropout."""
     (two, two_back), (four, four_back) = step(2), step(4)
     assert (four.count - two.count) / 2 <= 135
     assert (four_back.count - two_back.count) / 2 <= 75
 
 
 @pytest.mark.parametrize("keys", [{}, {"top_k": 2, "aux_loss_weight": 0.01, "z_loss_weight": 0.01}])
-def test_nothing_waits_for_the_device(keys):
+def test_host_does_not_wait_for_the_device(keys):
     forward, backward = step(2, **keys)
     assert forward.waits == backward.waits == []
 
 
-def test_the_keys_of_all_layers_take_no_more_operations_than_those_of_one():
+def test_keys_of_all_layers_need_as_many_operations_as_of_one():
     counts = []
     for n_layers in (1, 48):
-        with Asked() as asked:
+        with Operations() as operations:
             assert site_keys(torch.arange(4), n_layers).shape == (n_layers + 1, SITES, 4)
-        counts.append(asked.count)
+        counts.append(operations.count)
     assert counts[0] == counts[1] < 40
 
 
@@ -81,8 +83,8 @@ def test_chunks_of_logits_fill_a_gpu_and_are_even():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_gradient_by_another_kernel_is_used_and_agrees(dtype):
-    """As the compiled one is; rows that do not count may get any."""
+def test_another_function_can_compute_the_chunk_gradient(dtype):
+    """As a compiled one does. The gradient of rows that do not count may have any value."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(600, 16, generator=g).to(dtype), torch.randn(50, 16, generator=g).to(dtype)
     targets = torch.randint(0, 50, (600,), generator=g)
@@ -104,8 +106,8 @@ def test_a_gradient_by_another_kernel_is_used_and_agrees(dtype):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.003, 1 / 3])
-def test_a_scale_is_not_rounded_to_bf16(scale):
-    """1.003 is 1 in bf16: the gradient is rounded once, after the product."""
+def test_scale_of_the_loss_is_not_rounded_to_bf16(scale):
+    """1.003 is 1 in bf16. The gradient is rounded once, after the product."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 16, generator=g).bfloat16(), torch.randn(50, 16, generator=g).bfloat16()
     targets, grads = torch.randint(0, 50, (64,), generator=g), []
@@ -127,7 +129,7 @@ def test_a_scale_is_not_rounded_to_bf16(scale):
         (B200, True, True),
     ],
 )
-def test_kernels_are_chosen_by_what_a_card_has(capability, grouped, flash):
+def test_kernels_are_chosen_by_compute_capability(capability, grouped, flash):
     assert has_grouped_kernel(BF16, capability) == grouped
     assert not has_grouped_kernel(FP32, capability) and not has_grouped_kernel(FP16, capability)
     assert has_flash(BF16, capability) == has_flash(FP16, capability) == flash

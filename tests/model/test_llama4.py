@@ -1,4 +1,4 @@
-"""The same numbers as `Llama4ForCausalLM` of transformers, as installed: logits, and the gradients of the loss."""
+"""Logits, and gradients of the loss, equal those of `Llama4ForCausalLM` in the installed version of transformers."""
 
 from contextlib import contextmanager
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from model.attention import rope_frequencies
 from model.config import ModelConfig, RopeScaling
 from model.moe import Router
+from model.rope import rope_frequencies
 from model.transformer import Transformer
 from tests.support.run_cases import narrowest
 from trainer.hub.mapping import tensor_slices, to_hf_config
@@ -48,16 +48,16 @@ configs = st.builds(
     tie_embeddings=st.booleans(),
 )
 drawn = st.tuples(configs, st.booleans(), st.integers(0, 99))
-few = settings(
+few_examples = settings(
     max_examples=12,
     deadline=None,
-    phases=[Phase.explicit, Phase.generate],  # a failure shows by its keys; no search
+    phases=[Phase.explicit, Phase.generate],  # no search for a smaller example
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 
 
 def both(config, seed, dtype):
-    """Our model and theirs with the same weights, of ordinary size, norms included."""
+    """The model and the one of transformers with the same weights, of ordinary size, also those of norms."""
     ours = Transformer(config, VOCAB)
     ours.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def tokens_of(seed, length=60):
 
 
 def logits_of(ours, tokens):
-    """Our logits, if no choice of an expert is so near that rounding may turn it."""
+    """Our logits, if no choice of an expert is a near tie that rounding may decide differently."""
     gaps = [1.0]
     hooks = [
         module.register_forward_hook(lambda router, inputs, _: gaps.append(narrowest(router, *inputs)))
@@ -104,25 +104,25 @@ def logits_of(ours, tokens):
 
 @contextmanager
 def wide_casts(patch=pytest.MonkeyPatch):
-    """Their casts to fp32 keep fp64, and positions become it."""
+    """Casts to fp32 in transformers keep fp64, and positions become fp64."""
     with patch.context() as p:
         p.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
 
 
-@few
+@few_examples
 @given(drawn)
-def test_logits_and_gradients_in_fp32(case):
+def test_logits_and_gradients_equal_transformers_in_fp32(case):
     config, two, seed = case
     config = config.model_copy(update={"top_k": min(1 + two, config.n_experts)})
     ours, theirs = both(config, seed, torch.float32)
     tokens = tokens_of(seed)
     torch.testing.assert_close(logits_of(ours, tokens), theirs(tokens).logits, rtol=0, atol=2e-5)
     loss = ours(tokens[:, :-1], tokens[:, 1:]).loss / tokens[:, 1:].numel()
-    want = theirs(tokens, labels=tokens).loss
-    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    their_loss = theirs(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=1e-6)
     loss.backward()
-    want.backward()
+    their_loss.backward()
     expected = {name: weight.grad for name, weight in theirs.named_parameters()}
     grads = dict(named(config, lambda name: ours.get_parameter(name).grad))
     assert set(grads) == set(expected)
@@ -135,8 +135,8 @@ FAR = [0, 8_191, 131_072, 1_000_000]
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-def test_positions_far_from_the_start(theta):
-    """The last bit of a frequency shows at far positions: RoPE has the same ones, also at the width of a real head."""
+def test_logits_at_positions_far_from_the_start(theta):
+    """Far positions show the last bit of a frequency. Frequencies are equal, also at the width of a real head."""
     scalings = [None, RopeScaling(), RopeScaling(factor=16, high_freq_factor=1, original_max_position_embeddings=64)]
     rotary = transformers.models.llama4.modeling_llama4.Llama4TextRotaryEmbedding
     for scaling in scalings:
@@ -148,12 +148,12 @@ def test_positions_far_from_the_start(theta):
     tokens = tokens_of(0)
     for start in FAR:
         positions = torch.arange(start, start + tokens.shape[1])[None]
-        got, want = ours(tokens, positions=positions).logits, theirs(tokens, position_ids=positions).logits
-        torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+        got, expected = ours(tokens, positions=positions).logits, theirs(tokens, position_ids=positions).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-def test_real_sizes_of_chunk_and_floor():
-    """8,200 tokens, past the borders of Llama 4's own chunk and temperature floor."""
+def test_logits_with_the_chunk_and_floor_of_llama_4():
+    """8,200 tokens: more than a chunk and a temperature floor of Llama 4."""
     config = ModelConfig(
         dim=16,
         n_layers=2,
@@ -169,11 +169,11 @@ def test_real_sizes_of_chunk_and_floor():
     ours, theirs = both(config, 3, torch.float32)
     tokens = tokens_of(3, 8200)[:1]
     with torch.no_grad():
-        got, want = ours(tokens).logits, theirs(tokens, use_cache=False).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+        got, expected = ours(tokens).logits, theirs(tokens, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-def test_sure_routers_choose_alike():
+def test_large_router_logits_choose_the_same_experts():
     """Logits above 17, whose sigmoids are all 1 in fp32."""
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, expert_dim=8, n_experts=7, nope_every=0)
     ours, theirs = both(config, 1, torch.float32)
@@ -184,10 +184,10 @@ def test_sure_routers_choose_alike():
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=2e-5)
 
 
-@few
+@few_examples
 @given(drawn)
-def test_logits_in_fp64(case):
-    """As installed, and to the last digits where their casts are not in the way."""
+def test_logits_equal_transformers_in_fp64(case):
+    """As installed; and to the last digits if casts to fp32 in transformers are disabled."""
     config, two, seed = case
     config = config.model_copy(update={"top_k": min(1 + two, config.n_experts)})
     ours, theirs = both(config, seed, torch.float64)

@@ -1,4 +1,4 @@
-"""Low-precision copies of weights: made once while weights do not change, and never used after they did."""
+"""Low-precision copies of weights: made once while weights do not change, and not used after a change."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from model.precision import cast, copies_are_kept, weights_unchanged
 def test_a_weight_is_copied_once_while_it_does_not_change():
     weight = torch.nn.Parameter(torch.randn(4, 3))
     with weights_unchanged():
-        first, again = (cast(weight, torch.bfloat16).detach() for _ in range(2))
+        first, second = (cast(weight, torch.bfloat16).detach() for _ in range(2))
         with weights_unchanged():
             inside = cast(weight, torch.bfloat16).detach()
-        assert copies_are_kept() and first.data_ptr() == again.data_ptr() == inside.data_ptr()
+        assert copies_are_kept() and first.data_ptr() == second.data_ptr() == inside.data_ptr()
         assert cast(weight, torch.float32) is weight
         assert cast(weight, torch.float16).dtype == torch.float16
     assert not copies_are_kept()
@@ -26,15 +26,15 @@ def test_a_weight_is_copied_once_while_it_does_not_change():
     assert (cast(weight, torch.bfloat16) == 3).all()
 
 
-def test_copies_end_with_an_error():
+def test_copies_are_dropped_after_an_error():
     with pytest.raises(KeyError), weights_unchanged():
         raise KeyError
     assert not copies_are_kept()
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_gradients_are_those_of_plain_casts(micro_batches):
-    """Added over micro-batches in fp32, bit for bit."""
+def test_gradients_equal_those_of_plain_casts(micro_batches):
+    """Bitwise, and summed over micro-batches in fp32."""
     g = torch.Generator().manual_seed(0)
     inputs = torch.randn(micro_batches, 5, 3, generator=g).bfloat16()
     start = torch.randn(4, 3, generator=g)

@@ -1,3 +1,5 @@
+"""Random numbers are functions of their keys alone, and look random."""
+
 from unittest import mock
 
 import pytest
@@ -36,7 +38,7 @@ def test_dropout_of_a_sequence_does_not_depend_on_its_batch():
     assert dropout(x, 0.1, None) is x
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_has_its_probability_and_keeps_the_mean():
     keys = sequence_keys(1, 2, torch.arange(64))
     out = dropout(torch.ones(64, 4096), 0.1, keys)
     share = (out == 0).double().mean()
@@ -55,7 +57,7 @@ def test_random_bytes_look_random():
     assert rows < 0.1 and shifted < 0.01
 
 
-def test_normal_numbers_are_normal_and_belong_to_their_key():
+def test_normal_numbers_are_normal_and_depend_on_their_key():
     x = normal(torch.arange(40), 5000)
     assert x.isfinite().all() and abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
     assert abs((x.abs() < 1).float().mean() - 0.6827) < 0.01 and 4 < x.abs().max() < 6
@@ -64,7 +66,7 @@ def test_normal_numbers_are_normal_and_belong_to_their_key():
 
 
 def test_large_weights_are_drawn_in_blocks_of_rows(monkeypatch):
-    """No more than a block is drawn at a time, any window holds the values of the whole, and rows differ."""
+    """At most a block is drawn at a time, each window has the values of the whole, and rows differ."""
     monkeypatch.setattr(random, "BLOCK_NUMBERS", 12)  # three rows of four numbers
     shape = (10, 4)
     drawn, draw = [], random._normal
@@ -90,9 +92,9 @@ def test_keys_of_all_sites_are_those_folded_one_by_one():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from modules that torch.compile imports
 def test_compiled_dropout_draws_the_same_numbers():
-    """Which are drawn byte by byte there, since a kernel cannot view words as bytes."""
+    """It computes them byte by byte, because a kernel cannot view words as bytes."""
     keys, x = sequence_keys(1, 2, torch.arange(3)), torch.randn(3, 37, 5)
     with mock.patch.object(torch._inductor.config, "compile_threads", 1):
         assert torch.equal(torch.compile(dropout)(x, 0.1, keys), dropout(x, 0.1, keys))

@@ -1,4 +1,4 @@
-"""Documents and chunks: what a token sees, on every path, and what is never held."""
+"""Attention within documents and chunks: what a token sees, by every implementation, without S x S numbers."""
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import segments
-from model.attention import Attention, Places
+from model.attention import Attention
 from model.config import ModelConfig
-from model.segments import Flex, Groups
+from model.context import ForwardContext
+from model.segments import FlexSegments, SegmentGroups
 from model.transformer import Transformer
 
 SMALL = dict(
@@ -54,7 +55,7 @@ def stories(lengths, seed=0):
 
 
 def masked(q, k, v, numbers):
-    """Attention by a boolean mask: q, k, v (B, S, heads, head_dim), numbers (B, S) of the segments."""
+    """Attention with a boolean mask: q, k, v (B, S, heads, head_dim), numbers (B, S) of the segments."""
     causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
     mask = (numbers[:, :, None] == numbers[:, None, :]) & causal
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -73,35 +74,38 @@ def heads(batch, length, seed=0, dtype=torch.float64):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), length=st.integers(1, 90), batch=st.integers(1, 3), slack=st.sampled_from([1, 16]))
-def test_groups_equal_a_boolean_mask(data, length, batch, slack):
-    """Any lengths, with all gradients; each token has one slot, and fillers stay few."""
+def test_segment_groups_equal_a_boolean_mask(data, length, batch, slack):
+    """For any lengths, with all gradients. Each token has one place, and padding is limited."""
     begins = st.lists(st.booleans(), min_size=length, max_size=length)
     starts = torch.tensor(data.draw(st.lists(begins, min_size=batch, max_size=batch)))
     starts[:, 0] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments, "SLACK", slack)
-        groups = Groups(starts, torch.device("cpu"))
-    slots = sum(n * size for n, size in groups.shapes)
+        patch.setattr(segments, "MAX_PADDING_TOKENS", slack)
+        groups = SegmentGroups(starts, torch.device("cpu"))
+    places = sum(n * size for n, size in groups.shapes)
     assert sum(n for n, _ in groups.shapes) == starts.sum()
-    assert slots <= starts.numel() / segments.SHARE + slack * starts.sum()
-    if groups.slots is None:
-        assert slots == starts.numel() and len(groups.shapes) == 1
+    assert places <= starts.numel() / segments.MIN_LENGTH_RATIO + slack * starts.sum()
+    if groups.token_at is None:
+        assert places == starts.numel() and len(groups.shapes) == 1
     else:
-        assert torch.equal(groups.slots[groups.inverse], torch.arange(starts.numel()))
+        assert torch.equal(groups.token_at[groups.place_of], torch.arange(starts.numel()))
     qkv = heads(batch, length)
     direction = torch.randn(batch, length, 4, 4, dtype=torch.float64)
-    got, want = groups.attend(*qkv, fused), masked(*qkv, starts.cumsum(1))
-    torch.testing.assert_close(got, want)
-    got, want = (torch.autograd.grad((out * direction).sum(), qkv) for out in (got, want))
-    torch.testing.assert_close(got, want)
+    out, expected = groups.attend(*qkv, fused), masked(*qkv, starts.cumsum(1))
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad((out * direction).sum(), qkv)
+    torch.testing.assert_close(grads, torch.autograd.grad((expected * direction).sum(), qkv))
 
 
 @pytest.mark.parametrize("length, view", [(7, True), (8, True), (9, False), (16, True), (30, False)])
-def test_chunks_need_no_copy_where_they_divide_the_row(length, view):
+def test_chunks_that_divide_the_row_need_no_copy(length, view):
     model, tokens = make(), torch.cat(stories([length, length])).view(2, length)
-    places = Places.of(model.config, model.embedding(tokens), torch.arange(length)[None])
-    assert places.whole is None
-    assert places.chunked is None if length <= 8 else (places.chunked.slots is None) == view
+    context = ForwardContext.create(model.config, model.embedding(tokens))
+    assert context.full_mask is None
+    if length <= 8:
+        assert context.chunked_mask is None
+    else:
+        assert (context.chunked_mask.token_at is None) == view
     documents, positions = pack([[length], [length]])
     torch.testing.assert_close(model(tokens).logits, model(tokens, None, positions, documents).logits)
 
@@ -109,34 +113,33 @@ def test_chunks_need_no_copy_where_they_divide_the_row(length, view):
 LENGTHS = [[19, 12, 3, 1, 20], [1, 40, 8, 6], [55]]
 
 
-def test_each_story_is_as_if_alone():
-    """Logits and gradients, with chunks, temperature, and experts."""
+def test_stories_of_a_row_are_independent():
+    """Their logits and gradients, with chunks, temperature tuning, and experts."""
     model, (documents, positions) = make(), pack(LENGTHS)
     parts = [stories(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     tokens = torch.cat([torch.cat(p, 1) for p in parts])
     logits = model(tokens, None, positions, documents).logits
-    alone = [model(story).logits for p in parts for story in p]
-    flat = torch.cat([a[0] for a in alone])
-    torch.testing.assert_close(logits.flatten(0, 1), flat, rtol=0, atol=1e-9)
+    expected = torch.cat([model(story).logits[0] for p in parts for story in p])
+    torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=0, atol=1e-9)
     loss = model(tokens, tokens, positions, documents).loss
-    got = torch.autograd.grad(loss, list(model.parameters()))
-    want = torch.autograd.grad(sum(model(s, s).loss for p in parts for s in p), list(model.parameters()))
-    torch.testing.assert_close(got, want)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    sum_of_losses = sum(model(story, story).loss for p in parts for story in p)
+    torch.testing.assert_close(grads, torch.autograd.grad(sum_of_losses, list(model.parameters())))
 
 
-def test_each_story_is_as_if_alone_in_fp32():
+def test_stories_of_a_row_are_independent_in_fp32():
     model, (documents, positions) = make().float(), pack(LENGTHS)
     model.compute_dtype = torch.float32
     parts = [stories(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     logits = model(torch.cat([torch.cat(p, 1) for p in parts]), None, positions, documents).logits
-    flat = torch.cat([model(story).logits[0] for p in parts for story in p])
-    torch.testing.assert_close(logits.flatten(0, 1), flat, rtol=0, atol=1e-5)
+    expected = torch.cat([model(story).logits[0] for p in parts for story in p])
+    torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_story_changes_nothing_at_all(dropout, dtype):
-    """Bitwise, forward and backward, on RoPE layers (chunks) and on NoPE layers."""
+def test_a_changed_story_does_not_affect_the_others(dropout, dtype):
+    """Bitwise, in forward and backward, on RoPE layers (with chunks) and on NoPE layers."""
     config = ModelConfig(**{**SMALL, "attention_dropout": dropout})
     documents, positions = row(LENGTHS[0])
     changed, others = slice(19, 31), [*range(19), *range(31, 55)]
@@ -148,8 +151,9 @@ def test_another_story_changes_nothing_at_all(dropout, dtype):
             x = torch.randn(1, 55, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
             x[:, changed] = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
             x.requires_grad_()
-            torch.manual_seed(0)  # of the dropped weights
-            out = layer(x, Places.of(config, x, positions, documents, dropout > 0))
+            torch.manual_seed(0)  # of attention dropout
+            places = dict(positions=positions, documents=documents, attention_dropout=dropout > 0)
+            out = layer(x, ForwardContext.create(config, x, **places))
             (grad,) = torch.autograd.grad(out.square().sum(), x)
             results.append((out[:, others], grad[:, others], out[:, changed]))
         assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
@@ -179,8 +183,8 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_nothing_of_the_rows_length_squared_is_held(dropout):
-    """Forward and backward of 512 tokens of stories, whose next largest tensor is the logits."""
+def test_no_tensor_has_the_square_of_the_row_length(dropout):
+    """In forward and backward of 512 tokens of stories. The largest tensor is that of the logits."""
     config = ModelConfig(**{**SMALL, "max_seq_len": 512, "attention_chunk": 50, "attention_dropout": dropout})
     model = Transformer(config, VOCAB)
     model.init_weights(0)
@@ -192,18 +196,18 @@ def test_nothing_of_the_rows_length_squared_is_held(dropout):
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
-def test_flex_attention_sees_the_same(monkeypatch):
-    """The mask and the call, uncompiled; what CUDA makes of them was never run."""
+def test_flex_segments_equal_a_boolean_mask(monkeypatch):
+    """The mask and the call, uncompiled. The compiled version for CUDA has never run."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    monkeypatch.setattr(segments, "_flex", lambda: (create_block_mask, flex_attention))
+    monkeypatch.setattr(segments, "_flex_functions", lambda: (create_block_mask, flex_attention))
     numbers = torch.stack([torch.arange(150) // n for n in (37, 150)])
     starts = torch.cat([torch.ones(2, 1, dtype=torch.bool), numbers.diff() > 0], 1)
     qkv = [t.detach() for t in heads(2, 150, dtype=torch.float32)]
-    torch.testing.assert_close(Flex(starts).attend(*qkv, fused), masked(*qkv, numbers))
+    torch.testing.assert_close(FlexSegments(starts).attend(*qkv, fused), masked(*qkv, numbers))
 
 
-def test_a_cpu_takes_groups_whatever_the_dtype():
+def test_a_cpu_uses_segment_groups_for_any_dtype():
     starts = torch.ones(1, 3, dtype=torch.bool)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        assert isinstance(segments.segmented(starts, torch.zeros(1, dtype=dtype), False), Groups)
+        assert isinstance(segments.segment_mask(starts, torch.zeros(1, dtype=dtype), False), SegmentGroups)

@@ -1,12 +1,17 @@
+"""The whole model: its loss, positions, dropout, tied weights, initial values and dtypes."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from model.attention import Attention, Places, rope_frequencies, rotate
+from model.attention import Attention
 from model.config import ModelConfig, RopeScaling
+from model.context import ForwardContext
+from model.initial_values import Constant, Normal, initial_values
 from model.loss import IGNORE
 from model.random import sequence_keys, site_keys
+from model.rope import rope_frequencies, rotate
 from model.transformer import Transformer
 
 SMALL = dict(
@@ -41,22 +46,25 @@ def test_loss_is_the_sum_over_real_targets():
     model, tokens = make(), random_tokens()
     x, y = tokens[:, :-1], tokens[:, 1:].clone()
     y[0, 5:] = IGNORE
-    want = F.cross_entropy(plain_logits(model, x, y), y.flatten(), reduction="sum")
-    torch.testing.assert_close(model(x, y).loss, want)
+    expected = F.cross_entropy(training_logits(model, x, y), y.flatten(), reduction="sum")
+    torch.testing.assert_close(model(x, y).loss, expected)
 
 
-def plain_logits(model, x, y):
-    """Logits as the loss sees them: places without a target meet no expert."""
-    caught = {}
-    hook = model.head.norm.register_forward_hook(lambda m, i, out: caught.update(hidden=out))
+def training_logits(model, x, y):
+    """The logits of the loss; they differ from those without targets, because ignored tokens reach no expert."""
+    seen = {}
+    hook = model.head.norm.register_forward_hook(lambda m, i, out: seen.update(hidden=out))
     model(x, y)
     hook.remove()
-    return (caught["hidden"] @ model.head.weight.t()).flatten(0, 1)
+    return (seen["hidden"] @ model.head.weight.t()).flatten(0, 1)
 
 
 @pytest.mark.parametrize("keys", [{}, {"attention_chunk": None}, {"nope_every": 0}, {"n_kv_heads": None}])
-def test_the_future_is_not_seen(keys):
-    model, tokens = make(moe_every=0, **keys), random_tokens()  # experts would group other rows: not bitwise
+def test_no_token_sees_later_tokens(keys):
+    model, tokens = (
+        make(moe_every=0, **keys),
+        random_tokens(),
+    )  # without experts, whose groups of rows would change, it is bitwise
     before = model(tokens).logits
     changed = tokens.clone()
     changed[:, 20:] = 5
@@ -64,7 +72,7 @@ def test_the_future_is_not_seen(keys):
     assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20:], after[:, 20:])
 
 
-def test_rope_layers_see_their_chunk_and_nope_layers_everything():
+def test_rope_layers_see_their_chunk_and_nope_layers_the_row():
     tokens = random_tokens()
     changed = tokens.clone()
     changed[:, 0] = 5
@@ -75,15 +83,15 @@ def test_rope_layers_see_their_chunk_and_nope_layers_everything():
     assert not torch.equal(whole(tokens).logits[:, 8:], whole(changed).logits[:, 8:])
 
 
-def test_rope_turns_interleaved_pairs():
+def test_rope_rotates_interleaved_pairs():
     frequency = rope_frequencies(4, 10_000.0, None, torch.device("cpu"))
     torch.testing.assert_close(frequency, torch.tensor([1.0, 0.01]))
     x = torch.randn(1, 6, 1, 4, dtype=torch.float64)
     angle = torch.arange(6)[None, :, None, None] * frequency.double()
-    turned = rotate(x, torch.stack([angle.cos(), angle.sin()], -1))
+    rotated = rotate(x, torch.stack([angle.cos(), angle.sin()], -1))
     even, odd = x[..., 0::2], x[..., 1::2]
-    torch.testing.assert_close(turned[..., 0::2], even * angle.cos() - odd * angle.sin())
-    torch.testing.assert_close(turned[..., 1::2], even * angle.sin() + odd * angle.cos())
+    torch.testing.assert_close(rotated[..., 0::2], even * angle.cos() - odd * angle.sin())
+    torch.testing.assert_close(rotated[..., 1::2], even * angle.sin() + odd * angle.cos())
 
 
 def test_rope_scaling_stretches_long_wavelengths_only():
@@ -98,7 +106,7 @@ def test_rope_scaling_stretches_long_wavelengths_only():
 
 
 def test_rope_scaling_with_equal_factors_is_a_step():
-    """As the published Scout has it: what turns at most once over the length trained on before is stretched."""
+    """As in the published Scout: wavelengths of at least the original length are stretched."""
     scaling = RopeScaling(factor=16, low_freq_factor=1, high_freq_factor=1, original_max_position_embeddings=64)
     plain = rope_frequencies(64, 10_000.0, None, torch.device("cpu"))
     scaled = rope_frequencies(64, 10_000.0, scaling, torch.device("cpu"))
@@ -121,11 +129,11 @@ def test_tied_head_is_one_parameter_with_both_gradients():
 
 def test_dropout_does_not_depend_on_the_micro_batch():
     model, tokens = make(dropout=0.2), random_tokens(4)
-    keys, others = (site_keys(sequence_keys(0, step, torch.arange(4)), model.config.n_layers) for step in (3, 4))
-    whole = model(tokens, keys=keys).logits
-    parts = [model(tokens[i : i + 2], keys=keys[..., i : i + 2]).logits for i in (0, 2)]
+    rng_keys, others = (site_keys(sequence_keys(0, step, torch.arange(4)), model.config.n_layers) for step in (3, 4))
+    whole = model(tokens, rng_keys=rng_keys).logits
+    parts = [model(tokens[i : i + 2], rng_keys=rng_keys[..., i : i + 2]).logits for i in (0, 2)]
     torch.testing.assert_close(torch.cat(parts), whole)
-    assert not torch.allclose(model(tokens, keys=others).logits, whole)
+    assert not torch.allclose(model(tokens, rng_keys=others).logits, whole)
     assert torch.equal(model(tokens).logits, make()(tokens).logits)
 
 
@@ -139,7 +147,28 @@ def test_parameter_counts_are_those_of_the_model():
         assert active == total - idle
 
 
-def test_weights_cast_where_they_are_used():
+def test_initial_values_are_declared_beside_the_parameters():
+    model = make()
+    c = model.config
+    assert initial_values(model, "blocks.1.feed_forward_norm.weight") == Constant(1.0)
+    assert initial_values(model, "embedding.weight") == Normal(1.0)
+    assert initial_values(make(tie_embeddings=True), "embedding.weight") == Normal(c.dim**-0.5)
+    assert initial_values(model, "blocks.0.attention.wqkv") == Normal(c.dim**-0.5)
+    assert initial_values(model, "blocks.0.feed_forward.down") == Normal((2 * c.n_layers * c.ffn_dim) ** -0.5)
+    assert initial_values(model, "blocks.1.feed_forward.experts.down") == Normal(
+        (2 * c.n_layers * c.expert_dim) ** -0.5
+    )
+    assert initial_values(model, "blocks.1.feed_forward.shared.down") == Normal((2 * c.n_layers * c.expert_dim) ** -0.5)
+
+
+def test_a_parameter_without_initial_values_is_an_error():
+    model = make()
+    model.blocks[0].scale = torch.nn.Parameter(torch.empty(3))
+    with pytest.raises(LookupError, match=r"blocks.0.scale: no initial values; add 'scale' to .* of Block"):
+        model.init_weights(0)
+
+
+def test_weights_are_cast_where_they_are_used():
     model = make().float()
     model.compute_dtype = torch.bfloat16
     out = model(random_tokens()[:, :-1], random_tokens()[:, 1:])
@@ -149,14 +178,14 @@ def test_weights_cast_where_they_are_used():
 
 
 def test_short_rows_train_with_fp32_attention_on_a_cpu():
-    """The scores and weights of bf16 queries are not rounded to bf16: only what comes out is."""
+    """The scores and weights of bf16 queries are not rounded to bf16; only the result is."""
     layer = Attention(ModelConfig(dim=16, n_layers=1, n_heads=2, max_seq_len=32), 0).bfloat16()
     torch.nn.init.eye_(layer.wo)
     q, k, v = torch.randn(3, 2, 32, 2, 8).bfloat16().unbind()
-    places = Places.of(layer.config, q.flatten(-2), torch.arange(32)[None])
+    context = ForwardContext.create(layer.config, q.flatten(-2))
     wide = (t.float().transpose(1, 2) for t in (q, k, v))
-    want = F.scaled_dot_product_attention(*wide, is_causal=True).transpose(1, 2).flatten(-2)
-    assert torch.equal(layer.attend(q, k, v, places), want.bfloat16())
+    expected = F.scaled_dot_product_attention(*wide, is_causal=True).transpose(1, 2).flatten(-2)
+    assert torch.equal(layer.attend(q, k, v, context), expected.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -168,6 +197,6 @@ def test_short_rows_train_with_fp32_attention_on_a_cpu():
         ({"top_k": 9}, "top_k=9"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(keys, names):
+def test_impossible_shapes_raise_an_error(keys, names):
     with pytest.raises(ValidationError, match=names):
         ModelConfig(**{**SMALL, **keys})

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import two_hosts as hosts
 
-LEGS = ["out", "home", "backward home", "backward out"]
+LEGS = ["dispatch", "combine", "backward combine", "backward dispatch"]
 
 
 @pytest.mark.slow

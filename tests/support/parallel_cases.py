@@ -1,4 +1,4 @@
-"""What the pool's processes run; each function on every rank."""
+"""Functions of the tests of parallelism that the processes of the pool run, each on every rank."""
 
 from unittest import mock
 
@@ -9,13 +9,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
+from model.context import ForwardContext
 from model.moe import Experts, MoE
 from model.random import sequence_keys, site_keys
 from parallel import collectives, fsdp, gradients
 from parallel.build import build_model
-from parallel.experts import Exchange, ExpertPlacement, _Leg, as_global_dtensor, distribute
+from parallel.experts import AllToAllExchange, ExpertPlacement, Transfer, as_global_dtensor, distribute
 from parallel.mesh import World, make_mesh, resolve_degrees
-from parallel.recompute import recompute
+from parallel.recompute import recompute_parts
 from trainer.checkpoint.load import weights_digest
 
 SMALL = dict(
@@ -25,10 +26,12 @@ VOCAB = 40
 
 
 def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, recompute="none", compile=False, **keys):
-    """A model in units by block, as large ones are; small=1 << 30 for a single unit."""
+    """A model whose blocks are FSDP units, as those of a large model are; small=1 << 30 makes it a single unit."""
     world, config, cpu = World.from_environment(), ModelConfig(**{**SMALL, **keys}), torch.device("cpu")
     layout = make_mesh(resolve_degrees(world, config, replicate, "auto", expert), cpu)
-    with mock.patch.object(fsdp, "ONE_UNIT_BYTES", small):  # set back at once: these processes serve other tests too
+    with mock.patch.object(
+        fsdp, "ONE_UNIT_BYTES", small
+    ):  # restored at once, because these processes run other tests, too
         return build_model(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute, compile), world
 
 
@@ -37,20 +40,20 @@ def initial_digest(**keys) -> str:
 
 
 def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
-    """Gradients (whole, by name), norm and loss of one global batch of 6 rows cut into micro-batches."""
+    """Gradients (whole, by name), norm and loss of one global batch of 6 rows, cut into micro-batches."""
     model, world = build(replicate, **keys)
     tokens = torch.randint(0, VOCAB, (6, 17), generator=torch.Generator().manual_seed(0))
     targets = tokens[:, 1:].clone()
     targets[0, 3:] = -100  # ranks with unequal numbers of real tokens
-    real = int((targets != -100).sum())
-    mine = slice(world.rank * 6 // world.size, (world.rank + 1) * 6 // world.size)
+    real_tokens = int((targets != -100).sum())
+    local_rows = slice(world.rank * 6 // world.size, (world.rank + 1) * 6 // world.size)
     loss = torch.zeros((), dtype=torch.float64)
-    chunks = torch.arange(6)[mine].tensor_split(micro_batches)
+    chunks = torch.arange(6)[local_rows].tensor_split(micro_batches)
     for number, rows in enumerate(chunks):
         fsdp.set_gradient_sync(model, number == len(chunks) - 1 or reduce == "every")
         output = model(tokens[rows, :-1], targets[rows])
-        (output.loss / real).backward()
-        loss += output.loss.detach().double() / real
+        (output.loss / real_tokens).backward()
+        loss += output.loss.detach().double() / real_tokens
     gradients.sum_replicated(model)
     square, loss = collectives.sum_over_ranks(gradients.sum_of_squares(model, replicate), loss)
     grads = {}
@@ -61,13 +64,13 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
 
 
 def agreed():
-    """What ranks of different minds settle on."""
+    """The results of two broadcasts of values that differ between ranks."""
     rank = World.from_environment().rank
     return collectives.broadcast(rank == 0), collectives.broadcast(rank != 0)
 
 
 def router_dtypes(**keys):
-    """dtypes seen by router and experts of a model that computes in bf16."""
+    """The dtypes in router and experts of a model that computes in bf16."""
     model, _ = build(dtype=torch.bfloat16, **keys)
     seen = {}
     moe = next(b.feed_forward for b in model.blocks if hasattr(b.feed_forward, "router"))
@@ -81,7 +84,7 @@ def router_dtypes(**keys):
 
 
 def gathered_leaves_the_model_sharded(**keys):
-    """Logits inside and outside of `gathered`, and whether training goes on after it."""
+    """Whether weights are sharded after `gathered`, logits equal inside and outside, and training works after it."""
     model, _ = build(**keys)
     tokens = torch.arange(8)[None]
     with torch.no_grad():
@@ -94,90 +97,107 @@ def gathered_leaves_the_model_sharded(**keys):
     return sharded, all(torch.equal(x, outside) for x in inside), all(p.grad is not None for p in model.parameters())
 
 
-def exchange(counts, nobodys, dtype, overlap):
-    """Rows through the exchange and the experts of their owners, against all experts at home.
+def largest(x):
+    """The largest absolute number of x."""
+    return float(x.detach().abs().max()) if x.numel() else 0.0
 
-    counts (ranks, E) rows of each rank for each expert, nobodys (ranks,) rows beyond them. Returns the largest
-    differences of results, of the rows' gradients and of the weights' gradients, and whether nothing is in flight.
+
+def exchange(counts, padding, dtype, overlap):
+    """Rows sent through the exchange to experts on other ranks, compared with all experts on one rank.
+
+    counts (ranks, E) are the rows of each rank for each expert, padding (ranks,) the rows beyond them. Returns the
+    largest differences of results, of the rows' gradients and of the weights' gradients, and whether no transfer is in
+    flight at the end.
     """
     world, dtype = World.from_environment(), getattr(torch, dtype)
-    n_experts, mine = len(counts[0]), torch.tensor(counts[world.rank])
-    owners = ExpertPlacement(n_experts, world.size)
+    n_experts, loads = len(counts[0]), torch.tensor(counts[world.rank])
+    placement = ExpertPlacement(n_experts, world.size)
     config = ModelConfig(dim=8, n_heads=2, expert_dim=4, n_experts=n_experts)
-    home, away = Experts(config).to(dtype), Experts(config).to(dtype)
-    first, owned = world.rank * owners.slots, owners.owned(world.rank)
-    for name, weight in home.named_parameters():
+    all_experts, local_experts = Experts(config).to(dtype), Experts(config).to(dtype)
+    local_experts.resize(placement.slots)
+    first, owned = world.rank * placement.slots, placement.owned(world.rank)
+    for weight, slots in zip(all_experts.parameters(), local_experts.parameters(), strict=True):
         torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
-        slots = torch.zeros(owners.slots, *weight.shape[1:], dtype=dtype)
-        slots[:owned] = weight.detach()[first : first + owned]
-        setattr(away, name, torch.nn.Parameter(slots))
-    g, n = torch.Generator().manual_seed(2 + world.rank), int(mine.sum())
-    rows = torch.randn(n + nobodys[world.rank], 8, dtype=dtype, generator=g, requires_grad=True)
-    direction = torch.randn(n, 8, dtype=dtype, generator=g)
-    other = rows.detach().clone().requires_grad_()
-    want = home(rows, mine)[:n]
-    (want * direction).sum().backward()
-    trip = Exchange(owners, init_device_mesh("cpu", (world.size,), mesh_dim_names=("expert",)), overlap)(other, mine)
-    trip.send_back(away(*trip.arrive()))
-    got = trip.home()
-    assert got.shape == rows.shape
-    (got[:n] * direction).sum().backward()
-
-    def most(x):
-        return float(x.detach().abs().max()) if x.numel() else 0.0
-
-    differences = [most(got[:n] - want), most((other.grad - rows.grad)[:n])]
-    for weight, slots in zip(home.parameters(), away.parameters(), strict=True):
+        with torch.no_grad():
+            slots.zero_()[:owned] = weight[first : first + owned]
+    n_real = int(loads.sum())
+    generator = torch.Generator().manual_seed(2 + world.rank)
+    rows = torch.randn(n_real + padding[world.rank], 8, dtype=dtype, generator=generator, requires_grad=True)
+    direction = torch.randn(n_real, 8, dtype=dtype, generator=generator)
+    sent_rows = rows.detach().clone().requires_grad_()
+    expected = all_experts(rows, loads)[:n_real]
+    (expected * direction).sum().backward()
+    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("expert",))
+    all_to_all = AllToAllExchange(placement, mesh, overlap)
+    dispatching = all_to_all.dispatch(sent_rows, loads)
+    combining = all_to_all.combine(local_experts(*dispatching.wait()), dispatching)
+    result = combining.wait()
+    assert result.shape == rows.shape
+    (result[:n_real] * direction).sum().backward()
+    differences = [largest(result[:n_real] - expected), largest((sent_rows.grad - rows.grad)[:n_real])]
+    for weight, slots in zip(all_experts.parameters(), local_experts.parameters(), strict=True):
         dist.all_reduce(weight.grad)
-        differences.append(most(slots.grad[:owned] - weight.grad[first : first + owned]))
-        differences.append(most(slots.grad[owned:]))
-    return differences, trip.out.flight is None and trip.back.flight is None
+        differences.append(largest(slots.grad[:owned] - weight.grad[first : first + owned]))
+        differences.append(largest(slots.grad[owned:]))
+    transfers = (dispatching.transfer, combining.transfer)
+    return differences, all(transfer.in_flight is None for transfer in transfers)
 
 
-def moe(world, mode, overlap=True, **keys):
-    """An MoE whose experts are spread over all ranks, without FSDP, and its recomputation."""
+def moe_on_all_ranks(world, mode, overlap=True, **keys):
+    """An MoE whose experts are spread over all ranks, without FSDP, with recomputation `mode`; and a context."""
     config = ModelConfig(**{**SMALL, "moe_every": 1, "n_layers": 1, "n_experts": 3, **keys})
     with torch.device("meta"):
         model = fsdp.Transformer(config, VOCAB)
-    recompute(model, mode)
+    recompute_parts(model, mode)
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("expert",))
     distribute(model, ExpertPlacement(config.n_experts, world.size), mesh, overlap)
     model.to_empty(device="cpu")
-    model.init_weights(0)  # the experts of all ranks are alike here
-    inner = model.blocks[0].feed_forward
-    assert isinstance(inner, MoE)
-    return inner
+    model.init_weights(0)  # the experts of all ranks are equal here
+    moe = model.blocks[0].feed_forward
+    assert isinstance(moe, MoE)
+    return moe, ForwardContext.create(config, torch.zeros(2, 8, config.dim))
 
 
 def events(mode, overlap):
-    """What happens in one forward and backward of an MoE, in order; starts that were done when they returned."""
-    inner, told, done = moe(World.from_environment(), mode, overlap), [], []
-    start, finish, widen, narrow = _Leg.start, _Leg.finish, inner.shared.widen, inner.shared.narrow
+    """The events of one forward and backward of an MoE, in order; and for each start whether the transfer was done."""
+    moe, context = moe_on_all_ranks(World.from_environment(), mode, overlap)
+    seen, done = [], []
+    start, finish = Transfer.start, Transfer.finish
+    project_up, project_down = moe.shared.project_up, moe.shared.project_down
 
-    def watched_start(leg, rows, reverse=False):
-        start(leg, rows, reverse)
-        told.append(f"{leg.name} start")
-        done.append(leg.flight[0].is_completed())
+    def watched_start(transfer, rows, backward=False):
+        start(transfer, rows, backward)
+        seen.append(f"{transfer.name} start")
+        done.append(transfer.in_flight[0].is_completed())
 
-    def watched_finish(leg):
-        told.append(f"{leg.name} finish")
-        return finish(leg)
+    def watched_finish(transfer):
+        seen.append(f"{transfer.name} finish")
+        return finish(transfer)
 
-    inner.shared.widen = lambda x: (widen(x), told.append("widen"))[0]
-    inner.shared.narrow = lambda x: (narrow(x), told.append("narrow"))[0]
-    inner.shared.gate_up.register_hook(lambda grad: told.append("widen"))
-    inner.shared.down.register_hook(lambda grad: told.append("narrow"))
-    inner.experts.down.register_hook(lambda grad: told.append("experts"))
+    def watched_up(x):
+        hidden = project_up(x)
+        seen.append("up")
+        return hidden
+
+    def watched_down(hidden):
+        out = project_down(hidden)
+        seen.append("down")
+        return out
+
+    moe.shared.project_up, moe.shared.project_down = watched_up, watched_down
+    moe.shared.gate_up.register_hook(lambda grad: seen.append("up"))
+    moe.shared.down.register_hook(lambda grad: seen.append("down"))
+    moe.experts.down.register_hook(lambda grad: seen.append("experts"))
     x = torch.randn(2, 8, SMALL["dim"], requires_grad=True)
-    with mock.patch.object(_Leg, "start", watched_start), mock.patch.object(_Leg, "finish", watched_finish):
-        out, _, _ = inner(x, torch.ones(2, 8, dtype=torch.bool))
-        told.append("backward")
+    with mock.patch.object(Transfer, "start", watched_start), mock.patch.object(Transfer, "finish", watched_finish):
+        out, _, _ = moe(x, context)
+        seen.append("backward")
         out.sum().backward()
-    return told, done
+    return seen, done
 
 
 class HostReads(TorchDispatchMode):
-    """Notes the operations that would make the host wait for a device."""
+    """Records the operations for which the host would wait for a device."""
 
     WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "is_nonzero", "equal")
 
@@ -192,17 +212,25 @@ class HostReads(TorchDispatchMode):
 
 
 def host_reads(mode):
-    """Operations of an MoE's forward and backward that wait, and how often the sizes of the exchange were read."""
-    inner, reads = moe(World.from_environment(), mode, expert_dim=16), []
-    sizes = Exchange.sizes
+    """The operations of an MoE's forward and backward that wait, and how often the exchange reads its splits."""
+    moe, context = moe_on_all_ranks(World.from_environment(), mode, expert_dim=16)
+    read_splits = AllToAllExchange.read_splits
+    reads = []
+
+    def watched_read(exchange, sent, received):
+        result = read_splits(exchange, sent, received)
+        reads.append(result)
+        return result
+
     x = torch.randn(2, 8, SMALL["dim"], requires_grad=True)
-    with mock.patch.object(Exchange, "sizes", lambda *a: (reads.append(1), sizes(*a))[1]), HostReads() as host:
-        inner(x, torch.ones(2, 8, dtype=torch.bool))[0].sum().backward()
+    with mock.patch.object(AllToAllExchange, "read_splits", watched_read), HostReads() as host:
+        out, _, _ = moe(x, context)
+        out.sum().backward()
     return host.seen, len(reads)
 
 
 class Wire(TorchDispatchMode):
-    """Counts messages by kind, and the bytes that this rank sends to others in each kind."""
+    """Counts the messages of each kind, and the bytes that this rank sends to other ranks."""
 
     def __init__(self):
         super().__init__()
@@ -216,10 +244,12 @@ class Wire(TorchDispatchMode):
     def count(self, name, args):
         self.messages[name] = self.messages.get(name, 0) + 1
         if name == "alltoall_base_":
-            _, leaving, group, _, to, *_ = args
-            group = dist.ProcessGroup.unbox(group)
-            to = to or [len(leaving) // group.size()] * group.size()
-            size = (sum(to) - to[group.rank()]) * leaving[0].numel() * leaving.element_size() if len(leaving) else 0
+            _, sent, boxed_group, _, send_splits, *_ = args
+            group = dist.ProcessGroup.unbox(boxed_group)
+            if not send_splits:
+                send_splits = [len(sent) // group.size()] * group.size()
+            rows_to_others = sum(send_splits) - send_splits[group.rank()]
+            size = rows_to_others * sent[0].numel() * sent.element_size() if len(sent) else 0
         elif name in ("_allgather_base_", "_reduce_scatter_base_"):
             whole = max(args[0].numel() * args[0].element_size(), args[1].numel() * args[1].element_size())
             ranks = dist.ProcessGroup.unbox(args[2]).size()
@@ -230,7 +260,7 @@ class Wire(TorchDispatchMode):
 
 
 def wire(micro_batches=2, **keys):
-    """Messages and bytes of one step, by kind, and the loads (layers, E) of this rank's tokens in it."""
+    """The messages and bytes of one step, by kind, and the loads (layers, E) of this rank's tokens."""
     model, world = build(**keys)
     model.train()
     tokens = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(world.rank))
@@ -245,20 +275,23 @@ def wire(micro_batches=2, **keys):
 
 
 def choice_is_kept(mode):
-    """Gradients of a batch of one repeated token, plainly, and with biases that change before the backward."""
-    world, x, grads = World.from_environment(), torch.ones(2, 8, SMALL["dim"]), []
+    """Whether gradients stay the same if biases change before the backward; and the number of experts in use.
+
+    All tokens of the batch are equal.
+    """
+    world, grads = World.from_environment(), []
     for change in (0.0, 1.0):
-        inner = moe(world, mode)
-        y = x.clone().requires_grad_()
-        out, loads, _ = inner(y, torch.ones(2, 8, dtype=torch.bool))
-        inner.router.bias -= change * loads  # a recomputed choice would now be another one
+        moe, context = moe_on_all_ranks(world, mode)
+        x = torch.ones(2, 8, SMALL["dim"], requires_grad=True)
+        out, loads, _ = moe(x, context)
+        moe.router.bias -= change * loads  # if the router picked again, it would pick other experts
         out.square().sum().backward()
-        grads.append([y.grad.clone(), *(p.grad.clone() for p in inner.parameters())])
+        grads.append([x.grad.clone(), *(p.grad.clone() for p in moe.parameters())])
     return all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), int((loads > 0).sum())
 
 
 def forced(to, **keys):
-    """Two steps with all tokens sent to one expert, and none of them real on the last rank: loads and gradients."""
+    """Loads, and whether gradients are finite, if all tokens are sent to expert `to`, and the last rank has none."""
     model, world = build(**keys)
     for block in model.blocks:
         if isinstance(block.feed_forward, MoE):
@@ -273,10 +306,10 @@ def forced(to, **keys):
 
 
 def compiled(**keys):
-    """Three micro-batches of stories of other lengths, plainly and compiled.
+    """Three micro-batches with stories of different lengths, first uncompiled, then compiled.
 
-    Returns the losses of both, the largest relative distance of their gradients, how many parts were compiled by the
-    first micro-batch and by all (and a shorter one in evaluation), and why any of them broke in two.
+    Returns the losses of both, the largest relative distance of their gradients, the number of compiled graphs after
+    the first micro-batch and after all of them (and a shorter one in evaluation), and the reasons for graph breaks.
     """
     from torch._dynamo.utils import counters
 
@@ -289,14 +322,14 @@ def compiled(**keys):
         losses = []
         for number in range(3):
             g = torch.Generator().manual_seed(10 * world.rank + number)
-            words = VOCAB if number < 2 else 2  # so few that experts are idle
+            words = VOCAB if number < 2 else 2  # so few different tokens that some experts are idle
             tokens = torch.randint(0, words, (2, 16), generator=g)
             documents = torch.sort(torch.randint(0, 4, (2, 16), generator=g)).values
             positions = torch.arange(16)[None].expand(2, -1)
             torch.manual_seed(number)
-            sites = site_keys(sequence_keys(0, number, torch.arange(2)), model.config.n_layers)
+            rng_keys = site_keys(sequence_keys(0, number, torch.arange(2)), model.config.n_layers)
             with mock.patch.object(torch._inductor.config, "compile_threads", 1):
-                loss = model(tokens, tokens, positions, documents, sites).loss
+                loss = model(tokens, tokens, positions, documents, rng_keys).loss
                 loss.backward()
             losses.append(loss.item())
             graphs.append(counters["stats"]["unique_graphs"])
@@ -304,13 +337,14 @@ def compiled(**keys):
     model.eval()
     model(tokens[:, :7])
     graphs.append(counters["stats"]["unique_graphs"])
-    (plain, want), (fast, got) = results
-    far = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True) if b.norm())
-    return plain, fast, far, (graphs[3], graphs[-1]), dict(counters["graph_break"])
+    (plain_losses, plain_grads), (compiled_losses, compiled_grads) = results
+    pairs = zip(compiled_grads, plain_grads, strict=True)
+    distance = max(float((a - b).norm() / b.norm()) for a, b in pairs if b.norm())
+    return plain_losses, compiled_losses, distance, (graphs[3], graphs[-1]), dict(counters["graph_break"])
 
 
 def whole_experts(**keys):
-    """Shapes of the experts' weights as this rank has them, and as the whole model knows them."""
+    """The shapes of the experts' weights on this rank, and in the whole model."""
     model, _ = build(**keys)
     found = {}
     for name, p in model.named_parameters():
@@ -320,16 +354,16 @@ def whole_experts(**keys):
 
 
 def recomputed_on_one_rank(mode):
-    """Loss of a model that FSDP wraps on a world of one rank in bf16, whether its gradients are finite, and its units.
+    """The loss of a bf16 model that FSDP wraps on one rank, whether its gradients are finite, and its FSDP units.
 
-    A run of one process is not wrapped. Here it is, since ranges of FSDP inside of what is recomputed, which differ the
-    second time, showed on any number of ranks on CUDA, but on a CPU on one rank alone.
+    A run of one process is not wrapped. Here it is, because an FSDP unit inside of a recomputed part behaves
+    differently the second time: on CUDA this shows on any number of ranks, but on a CPU only on one rank.
     """
     from tests.gpu.check.project import one_rank_world
 
     cpu = torch.device("cpu")
     with one_rank_world(cpu) as layout:
-        model = build_model(ModelConfig(**SMALL), VOCAB, 3, cpu, torch.bfloat16, layout, again=mode).train()
+        model = build_model(ModelConfig(**SMALL), VOCAB, 3, cpu, torch.bfloat16, layout, recompute=mode).train()
         tokens = torch.arange(32).view(2, 16) % VOCAB
         loss = model(tokens, tokens).loss
         loss.backward()

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.moe import MoE
 from parallel import fsdp, mesh, rendezvous
 from parallel.build import build_model
-from parallel.experts import Exchange, _Leg
+from parallel.experts import AllToAllExchange, Transfer
 from trainer.fault_tolerance.launcher import exit_now
 from trainer.machine import keep_freed_memory
 
@@ -43,32 +43,32 @@ def main() -> None:
     )
     degrees = mesh.Degrees(1, 2, 2)
     model = build_model(config, VOCAB, 0, cpu, torch.float32, mesh.make_mesh(degrees, cpu))
-    exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE) and isinstance(m.exchange, Exchange)]
-    start, finish = _Leg.start, _Leg.finish
+    exchanges = [m.exchange for m in model.modules() if isinstance(m, MoE) and isinstance(m.exchange, AllToAllExchange)]
+    start, finish = Transfer.start, Transfer.finish
     measured: dict[str, dict[str, list[float]]] = {}
     started: dict[int, tuple[str, float, float]] = {}  # by id: name, and the times before and after the start
 
-    def timed_start(leg: _Leg, rows: torch.Tensor, reverse: bool = False) -> None:
+    def timed_start(transfer: Transfer, rows: torch.Tensor, backward: bool = False) -> None:
         before = time.perf_counter()
-        start(leg, rows, reverse)
+        start(transfer, rows, backward)
         after = time.perf_counter()
-        started[id(leg)] = ("backward " if reverse else "") + leg.name, before, after
+        started[id(transfer)] = ("backward " if backward else "") + transfer.name, before, after
 
-    def timed_finish(leg: _Leg) -> torch.Tensor:
-        name, before, after = started.pop(id(leg))
+    def timed_finish(transfer: Transfer) -> torch.Tensor:
+        name, before, after = started.pop(id(transfer))
         now = time.perf_counter()
-        rows = finish(leg)
+        rows = finish(transfer)
         end = time.perf_counter()
         times = measured.setdefault(name, {"transfer": [], "beside": [], "exposed": []})
-        if leg.overlap:
+        if transfer.overlap:
             times["beside"].append(now - after)
             times["exposed"].append(after - before + end - now)
         else:
             times["transfer"].append(after - before)
         return rows
 
-    setattr(_Leg, "start", timed_start)  # noqa: B010
-    setattr(_Leg, "finish", timed_finish)  # noqa: B010
+    setattr(Transfer, "start", timed_start)  # noqa: B010
+    setattr(Transfer, "finish", timed_finish)  # noqa: B010
     tokens = torch.randint(0, VOCAB, (args.rows, 128), generator=torch.Generator().manual_seed(world.rank))
     seconds_with: list[float] = []
     seconds_without: list[float] = []

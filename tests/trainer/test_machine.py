@@ -169,16 +169,16 @@ def test_a_gpu_without_a_c_compiler_trains_without_triton(tools, monkeypatch):
     assert machine.without_flex(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("lacks, kind", [(None, "Flex"), ("a C compiler", "Groups")])
+@pytest.mark.parametrize("lacks, kind", [(None, "FlexSegments"), ("a C compiler", "SegmentGroups")])
 def test_attention_over_documents_needs_no_triton(monkeypatch, lacks, kind):
     monkeypatch.setattr(segments, "flex_supported", lambda device: True)
     monkeypatch.setattr(segments, "triton_lacks", lambda: lacks)
-    monkeypatch.setattr(segments, "Flex", lambda starts: "Flex")
-    monkeypatch.setattr(segments, "Groups", lambda starts, device: "Groups")
+    monkeypatch.setattr(segments, "FlexSegments", lambda starts: "FlexSegments")
+    monkeypatch.setattr(segments, "SegmentGroups", lambda starts, device: "SegmentGroups")
     segments.flex_available.cache_clear()
     try:
         starts = torch.ones(1, 4, dtype=torch.bool)
-        assert segments.segmented(starts, torch.ones(1, 4, 8), dropout=False) == kind
-        assert segments.segmented(starts, torch.ones(1, 4, 8), dropout=True) == "Groups"
+        assert segments.segment_mask(starts, torch.ones(1, 4, 8), dropout=False) == kind
+        assert segments.segment_mask(starts, torch.ones(1, 4, 8), dropout=True) == "SegmentGroups"
     finally:
         segments.flex_available.cache_clear()

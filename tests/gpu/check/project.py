@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import parallel.build
+from model.grouped import grouped_product
+from model.initial_values import Constant, initial_values
 from model.loss import IGNORE, Loss, linear_cross_entropy
-from model.moe import grouped_product
 from model.precision import weights_unchanged
 from model.random import dropout, fold, normal, random_bytes, sequence_keys, site_keys
 from model.transformer import Transformer
@@ -124,12 +125,11 @@ def _draw_on_device(model: Transformer, *_: Any) -> None:
     """Takes the place of Transformer.init_weights."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        std = model.initial_std(name)
-        part = fsdp.to_local(parameter)
-        if std:
-            part.normal_(0, std)
+        values, part = initial_values(model, name), fsdp.to_local(parameter)
+        if isinstance(values, Constant):
+            part.fill_(values.value)
         else:
-            part.fill_(1)
+            part.normal_(0, values.std)
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from trainer.cli import guarded
 from trainer.fault_tolerance.launcher import exit_now
 
-SEGMENT = 64  # tokens of each segment that is given to `Groups`
+SEGMENT = 64  # tokens of each segment that is given to `SegmentGroups`
 
 
 def prepare() -> None:
@@ -55,30 +55,30 @@ def _disable_cudnn_attention() -> None:
 
 def _replace_sizes_of_exchange() -> None:
     """Each rank sends the same number of rows to each rank, or with SIM_SKEW all rows to the last rank."""
-    kind: Any = parallel.experts.Exchange
-    call, sizes = kind.__call__, kind.sizes
+    kind: Any = parallel.experts.AllToAllExchange
+    dispatch, read_splits = kind.dispatch, kind.read_splits
 
     def remember_rows(self: Any, rows: Any, *rest: Any) -> Any:
         self.simulated_rows = len(rows)
-        return call(self, rows, *rest)
+        return dispatch(self, rows, *rest)
 
     def replaced(self: Any, *counts: Any) -> Any:
-        asked = sizes(self, *counts)  # it waits for the device, as in a real run
-        ranks, slots = self.owners.ranks, self.owners.slots
+        asked = read_splits(self, *counts)  # it waits for the device, as in a real run
+        ranks, slots = self.placement.ranks, self.placement.slots
         if os.environ.get("SIM_SKEW"):
             last = self.mesh.get_local_rank("expert") == ranks - 1
-            to, come = [0] * (ranks - 1) + [self.simulated_rows], [self.simulated_rows if last else 0] * ranks
+            send, receive = [0] * (ranks - 1) + [self.simulated_rows], [self.simulated_rows if last else 0] * ranks
         else:
-            to = come = [self.simulated_rows // ranks] * ranks
-        slot = [sum(come) // slots + (i < sum(come) % slots) for i in range(slots)]
-        return (to, come, slot)[: len(asked)]
+            send = receive = [self.simulated_rows // ranks] * ranks
+        slot = [sum(receive) // slots + (i < sum(receive) % slots) for i in range(slots)]
+        return (send, receive, slot)[: len(asked)]
 
-    kind.__call__, kind.sizes = remember_rows, replaced
+    kind.dispatch, kind.read_splits = remember_rows, replaced
 
 
 def _replace_segments_of_attention() -> None:
     """The CPU groups segments by their starts, which it reads from the device. Here each has SEGMENT tokens."""
-    kind: Any = model.segments.Groups
+    kind: Any = model.segments.SegmentGroups
     init = kind.__init__
 
     def replaced(self: Any, starts: torch.Tensor, device: torch.device) -> None:

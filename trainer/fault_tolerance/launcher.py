@@ -41,7 +41,7 @@ def watch_parent() -> None:
 
 
 def end_launcher() -> None:
-    """Keep torchrun from restarting its workers, because a restart would fail again or nobody asked for it.
+    """Keep torchrun from restarting its workers, because a restart would fail again, or was not requested.
 
     One rank sends SIGHUP to torchrun. SIGTERM would not do, because batch scripts would think that the cluster sent it.
     The other ranks wait until torchrun passes the signal on: if one ended before, torchrun would restart the workers.

@@ -37,32 +37,40 @@ class ModelConfig(BaseModel):
     expert_dim: int = Field(2048, ge=1, description="hidden width of each expert, and of the shared one (F)")
     n_experts: int = Field(31, ge=1, description="routed experts (E)")
     top_k: int = Field(1, ge=1, description="experts a token is sent to (K)")
-    shared_expert: bool = Field(True, description="one more expert that sees every token")
+    shared_expert: bool = Field(True, description="one more expert that processes every token")
     moe_every: int = Field(1, ge=0, description="every n-th block is a mixture of experts, the rest dense; 0: none")
-    max_seq_len: int = Field(1024, ge=1, description="longest sequence the model takes")
+    max_seq_len: int = Field(1024, ge=1, description="longest sequence of the model, in tokens")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the RoPE wavelengths")
-    rope_scaling: RopeScaling | None = Field(None, description="Llama 3's stretching: factor, low_freq_factor, ...")
-    nope_every: int = Field(4, ge=0, description="every n-th layer has no RoPE and sees the whole past; 0: none")
+    rope_scaling: RopeScaling | None = Field(None, description="RoPE scaling of Llama 3: factor, low_freq_factor, ...")
+    nope_every: int = Field(
+        4, ge=0, description="every n-th layer has no RoPE and attends to all earlier tokens; 0: none"
+    )
     attention_chunk: int | None = Field(
         None, ge=1, description="RoPE layers attend within chunks of this many tokens; null: no chunks"
     )
     qk_norm: bool = Field(True, description="L2 norm of queries and keys after RoPE, on RoPE layers")
     temperature_tuning: bool = Field(True, description="scale queries by position on NoPE layers")
-    temperature_floor: int = Field(8192, ge=1, description="positions per step of that scale")
-    temperature_scale: float = Field(0.1, ge=0, description="strength of that scale")
+    temperature_floor: int = Field(8192, ge=1, description="positions after which that scale grows by one step")
+    temperature_scale: float = Field(0.1, ge=0, description="how much that scale grows")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of the norms")
     tie_embeddings: bool = Field(False, description="the head shares the embedding's weights")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of embedding, attention output and block output (1/256 steps)")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="of attention weights; equal only on the same mesh")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="of embedding, attention output and block output, rounded to 1/256"
+    )
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="of attention weights; reproducible only on the same mesh"
+    )
     noisy_top_k: bool = Field(False, description="learned noise on the router's logits in training (one more matrix)")
-    balance_rate: float = Field(0.001, ge=0, description="step of the router's balance bias; 0: no balancing")
+    balance_rate: float = Field(
+        0.001, ge=0, description="by how much each step moves the balance bias of the routers; 0: no balancing"
+    )
     balance_until: float | None = Field(
-        None, ge=0, lt=1, description="share of the steps after which the bias fades, to zero at the last; null: never"
+        None, ge=0, lt=1, description="fraction of the steps after which the bias fades to zero; null: never"
     )
     aux_loss_weight: float = Field(
-        0.0, ge=0, description="of each layer's auxiliary balance loss over the global batch; costs one more forward"
+        0.0, ge=0, description="weight of the auxiliary balance loss over the global batch; needs one more forward"
     )
-    z_loss_weight: float = Field(0.0, ge=0, description="of each router's z-loss, which keeps its logits small")
+    z_loss_weight: float = Field(0.0, ge=0, description="weight of the routers' z-loss, which keeps their logits small")
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

@@ -89,11 +89,11 @@ def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: 
     told: list[dict[str, Any]] = []
     now = [0]
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def loss(hidden: Tensor, *others: Any) -> Tensor:
         bad = now[0] in at and World.from_environment().rank == rank
         if bad and what == "gradient":
             hidden.register_hook(lambda gradient: gradient * torch.inf)
-        value = plain_loss(hidden, weight, targets)
+        value = plain_loss(hidden, *others)
         return value * torch.nan if bad and what == "loss" else value
 
     def state(run: Run) -> list[Tensor]:

@@ -47,9 +47,9 @@ def test_a_spike_is_reported(corpus_dir, tmp_path, capsys, monkeypatch):
 
     plain, calls = transformer.linear_cross_entropy, []
 
-    def jumping(hidden, weight, targets):
+    def jumping(*args):
         calls.append(1)
-        return plain(hidden, weight, targets) * (5.0 if 30 * 3 < len(calls) <= 31 * 3 else 1.0)
+        return plain(*args) * (5.0 if 30 * 3 < len(calls) <= 31 * 3 else 1.0)
 
     monkeypatch.setattr(transformer, "linear_cross_entropy", jumping)
     assert cases.run(corpus_dir, tmp_path, "run.name=spike", "train.steps=40") == 0

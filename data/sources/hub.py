@@ -5,8 +5,8 @@
 2. `datasets` downloads that commit and stores it as Arrow files, which are mapped into memory. Streaming would need no
    disk space, but a corpus reads its source twice, for the tokenizer and for the tokens: this way the second pass needs
    no network, and the order and the number of rows are those of a file.
-3. The number of rows is compared with the number that the data set declares. Code of a data set is never run: `datasets`
-   cannot run any since version 4.0.
+3. The number of rows is compared with the number that the data set declares. Code of a data set is never run; from 4.0
+   on, `datasets` cannot run any.
 
 The token, the endpoint and the cache are set by the environment variables of Hugging Face (HF_TOKEN, HF_ENDPOINT,
 HF_HOME).

@@ -21,7 +21,7 @@ help:
 	@echo "make bench        measure speed as ratios, in one run of some minutes: a table, and bench.json"
 	@echo "make learn        compare three runs (bias, no bias, dense) with the true floor: a table and a plot"
 	@echo "make chaos        kill a run many times (KILLS=$(KILLS)) and compare it with one that is not killed: a table"
-	@echo "make gpu          check a machine with a GPU (nine minutes): a verdict for each part; N=8: layouts on 8 GPUs"
+	@echo "make gpu          check a machine with a GPU (at most nine minutes): a verdict for each part; N=8: layouts on 8 GPUs"
 	@echo "make fake-gpu     run and count on simulated GPUs (no GPU needed; 5 GB, an hour): ARGS='--part counts'"
 	@echo "make lint         run ruff, import-linter and mypy"
 	@echo "make clean        remove .venv, .venv-gpu and caches, but no runs and corpora"

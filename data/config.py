@@ -1,7 +1,7 @@
 """The `data` section of the settings: where stories come from, how they are tokenized, and how batches are cut.
 
-It stands at the very start, before the first story is read. It imports no torch, so that a mistake in the settings is
-reported immediately.
+These settings are read before any story. This module does not import torch, so that a wrong setting is reported
+immediately.
 """
 
 from pydantic import Field, model_validator
@@ -12,7 +12,7 @@ AUTO_HELD_OUT = 0.02  # fraction of the stories, for data.validation=auto withou
 
 
 class DataConfig(Section):
-    """The settings of the way from stories to tokens on disk, and from there to batches."""
+    """The settings for writing stories to disk as tokens, and for cutting batches from them."""
 
     source: str = Field(
         "storybook",

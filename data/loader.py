@@ -3,11 +3,13 @@
 The training loop takes the batches of each step from a `Loader`, which combines these parts:
 
 1. `Rows` cuts a split into rows of S + 1 tokens: stories concatenated, or one story per row.
-2. `Order` permutes the rows of each epoch. It has no state, so a run resumes by knowing its step.
+2. `Order` permutes the rows of each epoch. It has no state, so a run needs only its step to resume.
 3. The global batch of a step is the next G rows in that order; rank r gets rows [r G // W, (r + 1) G // W) of it.
-4. `BatchLayout` cuts the rows of each rank into equally many micro-batches of equal size. Padding rows, whose targets
-   are all ignored, fill the last ones.
+4. `BatchLayout` splits the rows of each rank into equally many micro-batches of equal size. Padding rows, whose targets
+   are all IGNORE, fill the last ones.
 5. Threads prepare the following steps while the model computes the current one.
+
+A *real token* is a token whose target is not IGNORE. Only real tokens enter the loss.
 
 Letters: B rows of a micro-batch, S tokens per row, G rows of a global batch, W ranks.
 """
@@ -26,7 +28,7 @@ from data.settings import UserError
 from data.shards import Split
 from data.splitmix import mix64
 
-IGNORE = -100  # the target at a position that does not count
+IGNORE = -100  # the target of a token that does not enter the loss
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Step:
     """The micro-batches of one rank in an optimizer step."""
 
     micro_batches: list[Batch]
-    real_tokens: int  # targets that count in the *global* batch, over all ranks
+    real_tokens: int  # of the *global* batch, over all ranks
 
 
 class Rows:
@@ -103,7 +105,7 @@ class Rows:
         return shard.tokens[start : min(start + self.seq_len + 1, end)]
 
     def real_tokens(self, rows: np.ndarray) -> int:
-        """The number of targets that count in these rows: all except the bos of a following story."""
+        """The number of real tokens in these rows. The target of a token before the next story is bos, thus IGNORE."""
         total = 0
         for row in rows.tolist():
             number, row_in_shard = self._locate(row)

@@ -2,12 +2,13 @@
 
     python -m data.prepare [--config FILE] [section.key=value ...]
 
-1. A finished corpus is never changed: if the settings and the source are those that it was made from, the command
-   prints "ready", else it refuses. An interrupted run is resumed after its last finished shard if the settings and the
-   source are still the same; else the corpus is started over.
-2. The tokenizer is trained on the training split, or copied from the given path.
-3. Stories are encoded on all cores and written to shards. Those that do not decode to themselves are counted.
-4. The manifest, which is written last, completes the corpus.
+1. If the corpus is finished, it is never changed: if the settings and the source are those that it was made from, the
+   command prints "ready"; otherwise it ends with an error.
+2. If a previous run was interrupted, this run resumes after the last finished shard. If the settings or the source have
+   changed since, it starts over.
+3. The tokenizer is trained on the training split, or copied from the given path.
+4. Stories are encoded on all cores and written to shards. Those that do not decode to themselves are counted.
+5. The manifest, which is written last, completes the corpus.
 """
 
 import argparse

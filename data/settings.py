@@ -1,9 +1,9 @@
-"""The strict reader of settings, in YAML files and in `section.key=value` arguments; every command starts with it.
+"""Reads settings from config files (YAML) and `section.key=value` arguments; unknown keys are errors.
 
-Every package describes its own section as a pydantic model; `read` merges the file and the arguments and validates
-them. All values arrive as text and are converted to the type of their key, so `6e-4` is a number and a run may be named
-`007`. A mistake of the user raises a ConfigError: one line with the key, the value and the fix. Nothing here imports
-torch.
+Every command starts with this. Every package describes its own section as a pydantic model; `read` merges the file and
+the arguments and validates them. All values arrive as text and are converted to the type of their key, so `6e-4` is a
+number and a run may be named `007`. A user error raises a ConfigError: one line with the key, the value and the fix.
+Nothing here imports torch.
 """
 
 import argparse
@@ -21,7 +21,11 @@ SECTIONS = ("data", "model", "train", "parallel", "checkpoint", "eval", "sample"
 
 
 class UserError(Exception):
-    """A mistake of the user: its text is the one line to print, and the exit code is 2."""
+    """A problem that the user can fix: a wrong setting, a damaged file, a full disk, a hub that does not answer.
+
+    The command prints the message, which is one line that names the value and the fix, without a traceback, and exits
+    with code 2.
+    """
 
 
 class ConfigError(UserError):
@@ -36,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Section(BaseModel):
-    """A section of the settings: unknown keys are refused, and values never change after reading."""
+    """A section of the settings: unknown keys are errors, and values never change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
@@ -150,14 +154,14 @@ def _one_line(section: type[BaseModel], name: str, values: Mapping[str, Any], er
 
 
 def _simplify(message: str) -> str:
-    """A message of pydantic in the words that we use."""
+    """A message of pydantic in simpler words."""
     message = message.removeprefix("Value error, ").replace("Input should be ", "should be ")
     message = re.sub(r"a valid (integer|number|boolean).*", r"a \1", message)
     return message.replace("a integer", "an integer").replace("a boolean", "true or false")
 
 
 def _unknown_key(full_key: str, key: str, known: Sequence[str], prefix: str = "") -> str:
-    """The message about an unknown key, with the nearest known one (after `prefix`) or all of them."""
+    """The message about an unknown key. It suggests the most similar known key (after `prefix`), or lists all."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if nearest:
         return f"{full_key}: unknown key; did you mean {prefix}{nearest[0]}?"
@@ -171,7 +175,7 @@ def dump(sections: Mapping[str, BaseModel]) -> str:
 
 
 def key_table(sections: Mapping[str, type[BaseModel]]) -> list[tuple[str, str, str]]:
-    """(key, default, description) of every key, for `--help` and the README."""
+    """(key, default, description) of every key, for `--help` and docs/settings.md."""
     rows = []
     for name, section in sections.items():
         for key, field in section.model_fields.items():
@@ -181,7 +185,7 @@ def key_table(sections: Mapping[str, type[BaseModel]]) -> list[tuple[str, str, s
 
 
 def _as_typed(value: Any) -> str:
-    """A value as the user types it."""
+    """A value as a user writes it in an argument."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,16 +2,16 @@
 
 `data.prepare` writes a corpus through `Writer`; the loader and the evaluation read it through `Corpus`.
 
-A shard is a file in little endian: a header of 128 bytes, followed by these arrays, each at a multiple of 8 bytes:
+A shard is a little-endian file: a header of 128 bytes, followed by these arrays, each at a multiple of 8 bytes:
 
     tokens      uint16 or uint32, depending on the vocabulary: bos, story, eos, bos, story, eos, ...
-    starts      int64, documents + 1: where each story starts, and the end of the last
+    starts      int64, documents + 1: where each story starts, and where the last one ends
     text_bytes  uint32, documents: UTF-8 bytes of each story
     log_probs   float64, documents: log-probability of each story with its end, in nats; only if the source knows it
 
-A corpus is a folder of shards, `tokenizer.model` and `manifest.json`, which is written last: a folder without manifest
-is not a corpus. Until then `progress.json` lists the finished shards. Shards are mapped into memory, and only a few of
-them at a time, because each map keeps a file handle open and the pages that were read in memory.
+A corpus is a folder of shards, `tokenizer.model` and `manifest.json`, which is written last: a folder without a
+manifest is not a corpus. Until then `progress.json` lists the finished shards. Shards are mapped into memory, and only
+a few of them at a time, because each map keeps a file handle open and the pages that were read in memory.
 """
 
 import functools
@@ -42,7 +42,7 @@ PREPARE_COMMAND = "python -m data.prepare with the same settings"
 
 
 class StrictModel(BaseModel):
-    """A part of a JSON file; unknown keys are refused."""
+    """An object in a JSON file; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -135,7 +135,7 @@ def damage_error(path: Path, problem: str) -> UserError:
 
 
 def read_header(path: Path) -> Header:
-    """Raises UserError if the file is missing, no shard, of another version, or not as long as its header says."""
+    """Raises UserError if the file is missing, not a shard, of another version, or not as long as it declares."""
     try:
         with path.open("rb") as file:
             raw, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
@@ -189,10 +189,10 @@ class Shard:
 class Writer:
     """Writes the stories of a split to shards, each ended before the story that would exceed `shard_tokens`.
 
-    Tokens are written to disk as they arrive. If the `with` block ends without an error, the last shard is completed,
-    and `info` describes the split for the manifest. `on_shard_finished` is called when a shard is complete on disk,
-    before it is renamed to its final name: then `finished` describes the finished shards. A writer that receives it as
-    `finished` continues after them.
+    `add` writes each story to disk. If the `with` block ends without an error, the last shard is completed, and `info`
+    describes the split for the manifest. `on_shard_finished` is called when a shard is complete on disk, before it is
+    renamed to its final name: then `finished` describes the finished shards. A writer that receives it as `finished`
+    continues after them.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Corpus":
-        """Raises UserError if it is missing, unfinished, of another version, or a file differs from the manifest."""
+        """Raises UserError if it is missing, unfinished or of another version, or a file differs from the manifest."""
         folder = Path(folder)
         path = folder / MANIFEST
         try:

@@ -1,4 +1,4 @@
-"""splitmix64, the generator of all random choices about data: the same numbers on every machine, in every version.
+"""splitmix64: generates all random choices about data, identically on every machine and in every version.
 
 The storybook and the order of rows draw from it. It is implemented here because no library promises that its random
 stream stays the same in all versions.

@@ -9,7 +9,7 @@
 2. `Tokenizer` encodes and decodes, with our models or with those of others. No text is encoded to a control id, even if
    it spells one.
 3. `CachedEncoder` encodes many texts several times as fast as `Tokenizer` and checks that they decode to themselves. It
-   caches words, which needs a model without a piece that spans two words; our models are such.
+   caches words, which needs a model without pieces that span two words; ours have none.
 4. `StreamDecoder` turns ids into text one by one and never shows half a character.
 """
 
@@ -266,7 +266,7 @@ class StreamDecoder:
         self._ids_at_start: list[int] | None = []  # ids without text so far; None once there is some text
 
     def add(self, id: int) -> str:
-        """The text that later ids can no longer change; often empty while the bytes of a character arrive."""
+        """The text that later ids can no longer change; empty while the bytes of a character are incomplete."""
         byte = self._tokenizer.byte(id)
         if byte is not None:
             self._ids_at_start = None

@@ -1,6 +1,6 @@
 """The shape of the model: the `model` section of a config.
 
-This module does not import torch, so that a mistake in a config is reported at once.
+This module does not import torch, so that a wrong setting is reported immediately.
 """
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator

@@ -1,7 +1,7 @@
 """The `Source` protocol: what a source of stories must provide, and the documents that it yields.
 
-A source is the start of the way from story to checkpoint. `data.prepare` reads it twice, once for the tokenizer and
-once for the tokens, through this protocol alone.
+A source is where stories come from. `data.prepare` reads it twice, once for the tokenizer and once for the tokens, and
+uses nothing but this protocol.
 """
 
 import hashlib

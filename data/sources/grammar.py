@@ -6,7 +6,7 @@ The storybook (storybook.py) is such a table. A `Grammar` is read from the text 
 2. `Grammar.parse`: a text -> the number of its derivations and their summed probability.
 3. `Grammar.texts`: all texts of a small grammar.
 
-Both `parse` and `texts` call `Grammar.derive`, which follows all derivations at once from left to right (dynamic
+Both `parse` and `texts` call `Grammar.derive`, which follows all derivations together from left to right (dynamic
 programming).
 
 Notation of a table

@@ -1,12 +1,12 @@
 """A source of stories in a data set of the Hugging Face hub.
 
 1. The revision (`main` if none is given) is resolved to a commit first, so that a wrong name or a missing network is
-   reported before anything else. The commit is the fingerprint.
+   reported before anything else. The commit is the source's `fingerprint` (base.py).
 2. `datasets` downloads that commit and stores it as Arrow files, which are mapped into memory. Streaming would need no
    disk space, but a corpus reads its source twice, for the tokenizer and for the tokens: this way the second pass needs
    no network, and the order and the number of rows are those of a file.
-3. The number of rows is compared with the number that the data set declares. Code of a data set is never run: from 4.0
-   on `datasets` cannot run any.
+3. The number of rows is compared with the number that the data set declares. Code of a data set is never run; from 4.0
+   on, `datasets` cannot run any.
 
 The token, the endpoint and the cache are set by the environment variables of Hugging Face (HF_TOKEN, HF_ENDPOINT,
 HF_HOME).

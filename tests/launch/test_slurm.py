@@ -45,7 +45,9 @@ class Jobs:
         self.environment = {"ENV_SETUP": str(setup), "NPROC": "1", "OMP_NUM_THREADS": "1"}
 
     def words(self, name: str | None, *more: str) -> list[str]:
-        settings = cases.words(self.corpus, self.runs, f"train.steps={STEPS}", f"sample.prompts={PROMPT}", *more)
+        settings = cases.run_arguments(
+            self.corpus, self.runs, f"train.steps={STEPS}", f"sample.prompts={PROMPT}", *more
+        )
         return ["--config", "launch/tiny.yaml", *settings, *([f"run.name={name}"] if name else [])]
 
     def submit(self, name: str | None, *flags: str, nodes: int = 2, more: tuple[str, ...] = (), **env: str) -> str:

@@ -11,7 +11,7 @@ from model.config import ModelConfig, RopeScaling
 from model.moe import Router
 from model.rope import rope_frequencies
 from model.transformer import Transformer
-from tests.support.run_cases import narrowest
+from tests.support.run_cases import smallest_score_gap
 from trainer.hub.mapping import tensor_slices, to_hf_config
 
 transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
@@ -91,7 +91,7 @@ def logits_of(ours, tokens):
     """Our logits, if no choice of an expert is a near tie that rounding may decide differently."""
     gaps = [1.0]
     hooks = [
-        module.register_forward_hook(lambda router, inputs, _: gaps.append(narrowest(router, *inputs)))
+        module.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_score_gap(router, *inputs)))
         for module in ours.modules()
         if isinstance(module, Router)
     ]

@@ -6,7 +6,7 @@ import torch
 from model.config import ModelConfig
 from parallel.build import build_model
 
-CASE = "tests.support.parallel_cases:compiled"
+CASE = "tests.support.parallel_cases:compare_compiled"
 OPTIONS = dict(dropout=0.1, attention_dropout=0.1, attention_chunk=5, nope_every=3, temperature_floor=3)
 
 

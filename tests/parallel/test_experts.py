@@ -52,7 +52,7 @@ BACKWARD = ["combine start", "down", "combine finish", "experts", "dispatch star
 @pytest.mark.parametrize("overlap", [True, False])
 def test_shared_expert_runs_while_rows_are_in_flight(pool, mode, overlap):
     """In the backward, too. Without overlap each transfer is done when its start returns."""
-    for seen, done in pool.run(2, CASES + "events", mode=mode, overlap=overlap):
+    for seen, done in pool.run(2, CASES + "moe_events", mode=mode, overlap=overlap):
         assert seen == [*FORWARD, "backward", *BACKWARD] and len(done) == 4
         assert overlap or all(done)
 
@@ -61,19 +61,19 @@ def test_shared_expert_runs_while_rows_are_in_flight(pool, mode, overlap):
 def test_recomputation_repeats_no_message(pool, mode):
     """A layer has five all-to-alls in each micro-batch: counts, and two each of dispatch and combine."""
     keys = dict(expert=2, recompute=mode, moe_every=1)
-    for messages, _, _ in pool.run(2, CASES + "wire", **keys):
+    for messages, _, _ in pool.run(2, CASES + "count_messages", **keys):
         assert messages["alltoall_base_"] == 2 * 3 * 5
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_host_waits_only_for_the_splits_of_the_exchange(pool, mode):
     """With grouped products, as on CUDA in bf16. Operations that wait on CUDA are recognized by their names here."""
-    assert pool.run(2, CASES + "host_reads", mode=mode) == [([], 1)] * 2
+    assert pool.run(2, CASES + "operations_that_wait", mode=mode) == [([], 1)] * 2
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_keeps_the_choice_of_experts(pool, mode):
-    for equal, used in pool.run(2, CASES + "choice_is_kept", mode=mode):
+    for equal, used in pool.run(2, CASES + "recomputation_keeps_choice", mode=mode):
         assert equal and used == 1
 
 
@@ -87,7 +87,7 @@ def test_bytes_sent_are_those_of_the_documented_formula(pool, world, expert):
     micro_batches, dim, ranks = 2, cases.SMALL["dim"], world
     expert_shard = world // expert
     placement = ExpertPlacement(cases.SMALL["n_experts"], expert)
-    results = pool.run(world, CASES + "wire", expert=expert)
+    results = pool.run(world, CASES + "count_messages", expert=expert)
     loads = torch.tensor([r[2] for r in results])  # (ranks, layers, E)
     blocks = others = experts = 0  # numbers in the FSDP units of blocks, of the others, and in experts
     for name, p in cases.build()[0].named_parameters():
@@ -121,7 +121,7 @@ def test_bytes_sent_are_those_of_the_documented_formula(pool, world, expert):
 @pytest.mark.parametrize("world, keys", [(2, {"expert": 2}), (4, {"expert": 4}), (4, {"expert": 2, "top_k": 1})])
 def test_one_expert_can_receive_all_tokens(pool, world, keys, to):
     """The other experts receive none, and neither do the ranks that hold only those."""
-    for rank, (loads, finite) in enumerate(pool.run(world, CASES + "forced", to=to, **keys)):
+    for rank, (loads, finite) in enumerate(pool.run(world, CASES + "send_all_tokens_to_one_expert", to=to, **keys)):
         expected = [0] * cases.SMALL["n_experts"]
         expected[to] = 32 if rank < world - 1 else 0
         assert loads == [expected] and finite
@@ -129,7 +129,7 @@ def test_one_expert_can_receive_all_tokens(pool, world, keys, to):
 
 def test_each_rank_holds_its_slots_of_the_whole_weight(pool):
     name = "blocks.1.feed_forward.experts.gate_up"
-    for found in pool.run(4, CASES + "whole_experts", expert=4, n_experts=31):
+    for found in pool.run(4, CASES + "expert_shapes", expert=4, n_experts=31):
         assert found[name] == ((8, 16, 40), (31, 16, 40))
-    for found in pool.run(4, CASES + "whole_experts", expert=2, n_experts=31):
+    for found in pool.run(4, CASES + "expert_shapes", expert=2, n_experts=31):
         assert found[name] == ((16, 8, 40), (31, 16, 40))

@@ -25,15 +25,15 @@ def test_initial_weights_are_bitwise_the_same_at_any_world_size(pool, keys):
 
 CASES = [
     (2, {}),
-    (2, {"small": 1 << 30}),
-    (3, {"small": 1 << 30, "reduce": "every", "tie_embeddings": True}),
+    (2, {"one_unit_bytes": 1 << 30}),
+    (3, {"one_unit_bytes": 1 << 30, "reduce": "every", "tie_embeddings": True}),
     (3, {"tie_embeddings": True}),
     (2, {"reduce": "every", "micro_batches": 1}),
     (3, {"reduce": "every", "shared_expert": False}),
     (4, {"replicate": 2}),
     (4, {"replicate": 2, "reduce": "every", "moe_every": 1}),
     (2, {"expert": 2}),
-    (2, {"expert": 2, "top_k": 2, "small": 1 << 30, "recompute": "full"}),
+    (2, {"expert": 2, "top_k": 2, "one_unit_bytes": 1 << 30, "recompute": "full"}),
     (3, {"expert": 3, "reduce": "every", "shared_expert": False}),
     (4, {"expert": 2, "top_k": 2}),
     (4, {"expert": 4, "n_experts": 2}),
@@ -43,7 +43,9 @@ CASES = [
 
 @pytest.mark.parametrize("world, keys", CASES)
 def test_gradients_equal_those_of_one_process(pool, world, keys):
-    model_keys = {k: v for k, v in keys.items() if k not in ("replicate", "small", "expert", "overlap", "recompute")}
+    model_keys = {
+        k: v for k, v in keys.items() if k not in ("replicate", "one_unit_bytes", "expert", "overlap", "recompute")
+    }
     expected = cases.one_step(**model_keys)
     for got in pool.run(world, "tests.support.parallel_cases:one_step", **keys):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -70,14 +72,14 @@ def test_router_stays_fp32_under_bf16(pool, keys):
         assert dtypes == expected
 
 
-@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}, {"small": 1 << 30}])
+@pytest.mark.parametrize("keys", [{}, {"tie_embeddings": True}, {"one_unit_bytes": 1 << 30}])
 def test_gathered_weights_are_sharded_again_and_can_be_trained(pool, keys):
     for sharded, equal, trains in pool.run(2, "tests.support.parallel_cases:gathered_leaves_the_model_sharded", **keys):
         assert sharded and equal and trains
 
 
 def test_rank_0_decides_if_ranks_disagree(pool):
-    assert pool.run(3, "tests.support.parallel_cases:agreed") == [(True, False)] * 3
+    assert pool.run(3, "tests.support.parallel_cases:broadcast_if_ranks_disagree") == [(True, False)] * 3
 
 
 def test_gradient_is_that_of_the_mean_loss_over_real_tokens():

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import two_hosts as hosts
 
-LEGS = ["dispatch", "combine", "backward combine", "backward dispatch"]
+TRANSFERS = ["dispatch", "combine", "backward combine", "backward dispatch"]
 
 
 @pytest.mark.slow
@@ -21,8 +21,8 @@ def test_transfers_hide_behind_the_shared_expert():
         with hosts.two_hosts("300mbit") as names:
             while len(tries) < 3 and (not tries or min(tries[-1].values()) < 0.8):
                 lines = [out.splitlines()[-1] for out in hosts.run(names, "tests.support.slow_link")]
-                ranks = [json.loads(line)["legs"] for line in lines]
-                tries.append({leg: hidden([legs[leg] for legs in ranks]) for leg in LEGS})
+                ranks = [json.loads(line)["transfers"] for line in lines]
+                tries.append({name: hidden([transfers[name] for transfers in ranks]) for name in TRANSFERS})
     except hosts.NamespacesUnavailable as error:
         pytest.skip(f"two hosts need network namespaces: {error}")
     assert min(tries[-1].values()) >= 0.8, tries
@@ -34,4 +34,4 @@ def hidden(ranks):
     The rank that starts last waits for the link alone, not for the other rank: its times, the shorter ones, count.
     """
     transfer, exposed = (min(rank[key] for rank in ranks) for key in ("transfer", "exposed"))
-    return (transfer - exposed) / min(transfer, *(rank["beside"] for rank in ranks))
+    return (transfer - exposed) / min(transfer, *(rank["computation"] for rank in ranks))

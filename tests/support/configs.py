@@ -11,7 +11,7 @@ TRAIN = ["train.steps=20", "train.global_batch_size=6", "train.micro_batch_size=
 TRAIN += ["train.warmup_steps=5", "train.dtype=float32", "train.seed=1", "data.seq_len=32", "run.threads=1"]
 QUIET = ["log.wandb=disabled", "sample.every=0", "sample.max_new_tokens=8", "eval.every=0", "eval.final=none"]
 
-# all options of a model whose results could depend on the layout of the processes
+# All options whose results could depend on how the model is distributed over processes.
 ALL_OPTIONS = ["data.mask_documents=true", "model.attention_chunk=20", "model.attention_dropout=0.1"]
 ALL_OPTIONS += ["model.dropout=0.1", "model.top_k=2", "model.noisy_top_k=true", "model.aux_loss_weight=0.01"]
 ALL_OPTIONS += ["train.recompute=full"]
@@ -20,6 +20,6 @@ TINY_MODEL = ModelConfig(dim=8, n_heads=2, n_layers=1, expert_dim=8, n_experts=3
 PRIME_MODEL = ModelConfig(dim=24, n_layers=2, n_heads=2, expert_dim=12, n_experts=31, moe_every=2, max_seq_len=32)
 
 
-def words(corpus: Path, runs: Path, *more: str) -> list[str]:
-    """The settings of a run that takes seconds, as a user would type them; `more` overrides them."""
+def run_arguments(corpus: Path, runs: Path, *more: str) -> list[str]:
+    """The arguments `section.key=value` of a run that takes seconds; those in `more` override the others."""
     return [*CORPUS, *MODEL, *TRAIN, *QUIET, f"data.dir={corpus}", f"run.dir={runs}", *more]

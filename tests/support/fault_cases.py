@@ -26,8 +26,8 @@ from trainer.run import Run
 
 
 @contextmanager
-def when(event: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` from a thread as soon as `event` returns true."""
+def call_when(event: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """In a `with` block: calls `act` from a thread as soon as `event` returns true."""
     done = threading.Event()
 
     def watch() -> None:
@@ -44,10 +44,11 @@ def when(event: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def signalled(corpus: str, runs: str, more: list[str], rank: int, number: int, kind: str, times: int) -> int:
-    """A run whose `rank` gets signal `number` as soon as metrics.jsonl has `times` lines of a kind. Its exit code.
+def run_with_signal(corpus: str, runs: str, more: list[str], rank: int, number: int, kind: str, times: int) -> int:
+    """Runs until the end or a stop; `rank` sends itself signal `number` during the run. Returns the exit code.
 
-    kind: a kind of line or an event; `start`: the signal comes at once; `never`: no signal.
+    The signal is sent as soon as metrics.jsonl has `times` lines whose kind or event is `kind`. If `kind` is `start`,
+    it is sent before the run starts; if no line has that kind, such as `never`, no signal is sent.
     """
     config = cases.config(Path(corpus), Path(runs), *more)
     metrics = config.run.folder / "metrics.jsonl"
@@ -64,56 +65,72 @@ def signalled(corpus: str, runs: str, more: list[str], rank: int, number: int, k
         if kind == "start":
             act()
             return train(config, stop)
-        with when(event, act):
+        with call_when(event, act):
             return train(config, stop)
 
 
-def fail_at(step: int, error: Exception) -> None:
-    """From now on this process raises `error` when it prepares this step."""
-    plain = Loader.step
+def fail_at_step(step: int, error: Exception) -> None:
+    """Makes this process raise `error` when its loader prepares this step."""
+    original = Loader.step
 
     def prepare(self: Loader, number: int) -> Any:
         if number == step:
             raise error
-        return plain(self, number)
+        return original(self, number)
 
     Loader.step = prepare  # type: ignore[method-assign, assignment]
 
 
-def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: list[int]) -> list[dict[str, Any]]:
-    """A run whose `rank` has a loss of NaN, or a finite one with an infinite gradient, in steps `at`.
+def run_with_nonfinite_steps(
+    corpus: str, runs: str, more: list[str], rank: int, what: str, at: list[int]
+) -> list[dict[str, Any]]:
+    """A run with non-finite numbers on `rank` in the steps `at`.
 
-    Returns for each step what it says, and whether it moved weights, moments or biases of this rank.
+    `what` is `loss` (the loss is NaN) or `gradient` (the loss is finite, but its gradient is infinite). Returns a
+    dictionary for each step: its number, the counts of skipped steps and of tokens, the loss scale, and in `moved`
+    whether it changed weights, moments or biases of this rank. If the run raises an exception, the last dictionary has
+    its text in `error`.
     """
-    plain_loss, plain_step = transformer.linear_cross_entropy, step_module.train_step
-    told: list[dict[str, Any]] = []
-    now = [0]
+    original_loss, original_step = transformer.linear_cross_entropy, step_module.train_step
+    records: list[dict[str, Any]] = []
+    current_step = 0
 
-    def loss(hidden: Tensor, *others: Any) -> Tensor:
-        bad = now[0] in at and World.from_environment().rank == rank
-        if bad and what == "gradient":
+    def loss(hidden: Tensor, *arguments: Any) -> Tensor:
+        is_faulty = current_step in at and World.from_environment().rank == rank
+        if is_faulty and what == "gradient":
             hidden.register_hook(lambda gradient: gradient * torch.inf)
-        value = plain_loss(hidden, *others)
-        return value * torch.nan if bad and what == "loss" else value
+        value = original_loss(hidden, *arguments)
+        return value * torch.nan if is_faulty and what == "loss" else value
 
     def state(run: Run) -> list[Tensor]:
-        tensors = [to_local(x) for x in [*run.model.parameters(), *run.model.buffers()]]
-        return [t.clone() for t in tensors + [to_local(t) for s in run.optimizer.state.values() for t in s.values()]]
+        tensors = [*run.model.parameters(), *run.model.buffers()]
+        for moments in run.optimizer.state.values():
+            tensors += moments.values()
+        return [to_local(tensor).clone() for tensor in tensors]
 
     def step(run: Run, batch: Any) -> step_module.StepResult:
-        now[0], before = run.step + 1, state(run)
-        result = plain_step(run, batch)
-        same = [torch.equal(a, b) for a, b in zip(before, state(run), strict=True)]
-        told.append({"step": run.step, "moved": not all(same), "skipped": run.skipped, "tokens": run.tokens})
-        told[-1]["scale"] = run.scale.value
+        nonlocal current_step
+        current_step = run.step + 1
+        before = state(run)
+        result = original_step(run, batch)
+        is_equal = [torch.equal(a, b) for a, b in zip(before, state(run), strict=True)]
+        records.append(
+            {
+                "step": run.step,
+                "moved": not all(is_equal),
+                "skipped": run.skipped,
+                "tokens": run.tokens,
+                "scale": run.scale.value,
+            }
+        )
         return result
 
     with mock.patch.object(transformer, "linear_cross_entropy", loss), mock.patch("trainer.loop.train_step", step):
         try:
             cases.run(Path(corpus), Path(runs), *more)
-        except Exception as end:
-            told.append({"error": str(end)})
-    return told
+        except Exception as error:
+            records.append({"error": str(error)})
+    return records
 
 
 def wait_for(event: Callable[[], Any], seconds: float = 60) -> Any:

@@ -88,14 +88,14 @@ def launched_run(command: list[str], out: Path, **env: str) -> Iterator[Launched
         run.process.wait()
 
 
-def torchrun(words: list[str], *flags: str, ranks: int = 2) -> list[str]:
+def torchrun(arguments: list[str], *flags: str, ranks: int = 2) -> list[str]:
     """The command that trains on `ranks` processes of this machine."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *FLAGS]
-    return [*launch, *flags, "-m", "trainer.main", *words]
+    return [*launch, *flags, "-m", "trainer.main", *arguments]
 
 
 def living_processes() -> dict[int, int]:
-    """The parent's id of each living process, by process id. Zombies are left out."""
+    """The parent's id of each living process, by process id. Zombies are omitted."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

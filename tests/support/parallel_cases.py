@@ -25,13 +25,21 @@ SMALL = dict(
 VOCAB = 40
 
 
-def build(replicate=1, dtype=torch.float32, small=0, expert=1, overlap=True, recompute="none", compile=False, **keys):
-    """A model whose blocks are FSDP units, as those of a large model are; small=1 << 30 makes it a single unit."""
+def build(
+    replicate=1,
+    dtype=torch.float32,
+    one_unit_bytes=0,
+    expert=1,
+    overlap=True,
+    recompute="none",
+    compile=False,
+    **keys,
+):
+    """A model whose blocks are FSDP units, as those of a large model; one_unit_bytes=1 << 30 makes it a single unit."""
     world, config, cpu = World.from_environment(), ModelConfig(**{**SMALL, **keys}), torch.device("cpu")
     layout = make_mesh(resolve_degrees(world, config, replicate, "auto", expert), cpu)
-    with mock.patch.object(
-        fsdp, "ONE_UNIT_BYTES", small
-    ):  # restored at once, because these processes run other tests, too
+    # The patch ends with the build, because these processes run other tests, too.
+    with mock.patch.object(fsdp, "ONE_UNIT_BYTES", one_unit_bytes):
         return build_model(config, VOCAB, 3, cpu, dtype, layout, overlap, recompute, compile), world
 
 
@@ -40,7 +48,7 @@ def initial_digest(**keys) -> str:
 
 
 def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
-    """Gradients (whole, by name), norm and loss of one global batch of 6 rows, cut into micro-batches."""
+    """Gradients (in full, by name), norm and loss of one global batch of 6 rows, split into micro-batches."""
     model, world = build(replicate, **keys)
     tokens = torch.randint(0, VOCAB, (6, 17), generator=torch.Generator().manual_seed(0))
     targets = tokens[:, 1:].clone()
@@ -63,8 +71,8 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
     return {"grads": grads, "norm": float(square.sqrt()), "loss": float(loss)}
 
 
-def agreed():
-    """The results of two broadcasts of values that differ between ranks."""
+def broadcast_if_ranks_disagree():
+    """The results on this rank of two broadcasts of values that differ between ranks."""
     rank = World.from_environment().rank
     return collectives.broadcast(rank == 0), collectives.broadcast(rank != 0)
 
@@ -84,20 +92,20 @@ def router_dtypes(**keys):
 
 
 def gathered_leaves_the_model_sharded(**keys):
-    """Whether weights are sharded after `gathered`, logits equal inside and outside, and training works after it."""
+    """Whether weights are sharded after `gathered`, logits are equal inside and outside, and a backward works later."""
     model, _ = build(**keys)
     tokens = torch.arange(8)[None]
     with torch.no_grad():
         outside = model(tokens).logits
         with fsdp.gathered(model):
             inside = [model(tokens).logits for _ in range(3)]
-    whole = set(fsdp.replicated_parameters(model))
-    sharded = all(hasattr(p, "placements") != (p in whole) for p in model.parameters())
+    replicated = set(fsdp.replicated_parameters(model))
+    sharded = all(hasattr(p, "placements") != (p in replicated) for p in model.parameters())
     model(tokens, tokens).loss.backward()
     return sharded, all(torch.equal(x, outside) for x in inside), all(p.grad is not None for p in model.parameters())
 
 
-def largest(x):
+def max_abs(x):
     """The largest absolute number of x."""
     return float(x.detach().abs().max()) if x.numel() else 0.0
 
@@ -134,11 +142,11 @@ def exchange(counts, padding, dtype, overlap):
     result = combining.wait()
     assert result.shape == rows.shape
     (result[:n_real] * direction).sum().backward()
-    differences = [largest(result[:n_real] - expected), largest((sent_rows.grad - rows.grad)[:n_real])]
+    differences = [max_abs(result[:n_real] - expected), max_abs((sent_rows.grad - rows.grad)[:n_real])]
     for weight, slots in zip(all_experts.parameters(), local_experts.parameters(), strict=True):
         dist.all_reduce(weight.grad)
-        differences.append(largest(slots.grad[:owned] - weight.grad[first : first + owned]))
-        differences.append(largest(slots.grad[owned:]))
+        differences.append(max_abs(slots.grad[:owned] - weight.grad[first : first + owned]))
+        differences.append(max_abs(slots.grad[owned:]))
     transfers = (dispatching.transfer, combining.transfer)
     return differences, all(transfer.in_flight is None for transfer in transfers)
 
@@ -158,45 +166,45 @@ def moe_on_all_ranks(world, mode, overlap=True, **keys):
     return moe, ForwardContext.create(config, torch.zeros(2, 8, config.dim))
 
 
-def events(mode, overlap):
-    """The events of one forward and backward of an MoE, in order; and for each start whether the transfer was done."""
+def moe_events(mode, overlap):
+    """The events of an MoE's forward and backward, and whether each transfer was done when its start returned."""
     moe, context = moe_on_all_ranks(World.from_environment(), mode, overlap)
     seen, done = [], []
     start, finish = Transfer.start, Transfer.finish
     project_up, project_down = moe.shared.project_up, moe.shared.project_down
 
-    def watched_start(transfer, rows, backward=False):
+    def recorded_start(transfer, rows, backward=False):
         start(transfer, rows, backward)
         seen.append(f"{transfer.name} start")
         done.append(transfer.in_flight[0].is_completed())
 
-    def watched_finish(transfer):
+    def recorded_finish(transfer):
         seen.append(f"{transfer.name} finish")
         return finish(transfer)
 
-    def watched_up(x):
+    def recorded_up(x):
         hidden = project_up(x)
         seen.append("up")
         return hidden
 
-    def watched_down(hidden):
+    def recorded_down(hidden):
         out = project_down(hidden)
         seen.append("down")
         return out
 
-    moe.shared.project_up, moe.shared.project_down = watched_up, watched_down
+    moe.shared.project_up, moe.shared.project_down = recorded_up, recorded_down
     moe.shared.gate_up.register_hook(lambda grad: seen.append("up"))
     moe.shared.down.register_hook(lambda grad: seen.append("down"))
     moe.experts.down.register_hook(lambda grad: seen.append("experts"))
     x = torch.randn(2, 8, SMALL["dim"], requires_grad=True)
-    with mock.patch.object(Transfer, "start", watched_start), mock.patch.object(Transfer, "finish", watched_finish):
+    with mock.patch.object(Transfer, "start", recorded_start), mock.patch.object(Transfer, "finish", recorded_finish):
         out, _, _ = moe(x, context)
         seen.append("backward")
         out.sum().backward()
     return seen, done
 
 
-class HostReads(TorchDispatchMode):
+class WaitRecorder(TorchDispatchMode):
     """Records the operations for which the host would wait for a device."""
 
     WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "is_nonzero", "equal")
@@ -211,25 +219,25 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_reads(mode):
+def operations_that_wait(mode):
     """The operations of an MoE's forward and backward that wait, and how often the exchange reads its splits."""
     moe, context = moe_on_all_ranks(World.from_environment(), mode, expert_dim=16)
     read_splits = AllToAllExchange.read_splits
     reads = []
 
-    def watched_read(exchange, sent, received):
+    def recorded_read(exchange, sent, received):
         result = read_splits(exchange, sent, received)
         reads.append(result)
         return result
 
     x = torch.randn(2, 8, SMALL["dim"], requires_grad=True)
-    with mock.patch.object(AllToAllExchange, "read_splits", watched_read), HostReads() as host:
+    with mock.patch.object(AllToAllExchange, "read_splits", recorded_read), WaitRecorder() as host:
         out, _, _ = moe(x, context)
         out.sum().backward()
     return host.seen, len(reads)
 
 
-class Wire(TorchDispatchMode):
+class MessageCounter(TorchDispatchMode):
     """Counts the messages of each kind, and the bytes that this rank sends to other ranks."""
 
     def __init__(self):
@@ -259,13 +267,13 @@ class Wire(TorchDispatchMode):
         self.bytes[name] = self.bytes.get(name, 0) + size
 
 
-def wire(micro_batches=2, **keys):
+def count_messages(micro_batches=2, **keys):
     """The messages and bytes of one step, by kind, and the loads (layers, E) of this rank's tokens."""
     model, world = build(**keys)
     model.train()
     tokens = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(world.rank))
     loads = 0
-    with Wire() as seen:
+    with MessageCounter() as seen:
         for number in range(micro_batches):
             fsdp.set_gradient_sync(model, number == micro_batches - 1)
             output = model(tokens, tokens)
@@ -274,8 +282,8 @@ def wire(micro_batches=2, **keys):
     return seen.messages, seen.bytes, loads.tolist()
 
 
-def choice_is_kept(mode):
-    """Whether gradients stay the same if biases change before the backward; and the number of experts in use.
+def recomputation_keeps_choice(mode):
+    """Whether gradients stay the same if the biases change before the backward, and how many experts were chosen.
 
     All tokens of the batch are equal.
     """
@@ -290,8 +298,8 @@ def choice_is_kept(mode):
     return all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), int((loads > 0).sum())
 
 
-def forced(to, **keys):
-    """Loads, and whether gradients are finite, if all tokens are sent to expert `to`, and the last rank has none."""
+def send_all_tokens_to_one_expert(to, **keys):
+    """Loads, and whether gradients are finite, if expert `to` receives all tokens, and the last rank has no targets."""
     model, world = build(**keys)
     for block in model.blocks:
         if isinstance(block.feed_forward, MoE):
@@ -305,7 +313,7 @@ def forced(to, **keys):
     return output.loads.tolist(), finite
 
 
-def compiled(**keys):
+def compare_compiled(**keys):
     """Three micro-batches with stories of different lengths, first uncompiled, then compiled.
 
     Returns the losses of both, the largest relative distance of their gradients, the number of compiled graphs after
@@ -322,8 +330,8 @@ def compiled(**keys):
         losses = []
         for number in range(3):
             g = torch.Generator().manual_seed(10 * world.rank + number)
-            words = VOCAB if number < 2 else 2  # so few different tokens that some experts are idle
-            tokens = torch.randint(0, words, (2, 16), generator=g)
+            vocab_size = VOCAB if number < 2 else 2  # so few different tokens that some experts are idle
+            tokens = torch.randint(0, vocab_size, (2, 16), generator=g)
             documents = torch.sort(torch.randint(0, 4, (2, 16), generator=g)).values
             positions = torch.arange(16)[None].expand(2, -1)
             torch.manual_seed(number)
@@ -343,8 +351,8 @@ def compiled(**keys):
     return plain_losses, compiled_losses, distance, (graphs[3], graphs[-1]), dict(counters["graph_break"])
 
 
-def whole_experts(**keys):
-    """The shapes of the experts' weights on this rank, and in the whole model."""
+def expert_shapes(**keys):
+    """For each weight of the experts by name, its shape on this rank, and in the whole model."""
     model, _ = build(**keys)
     found = {}
     for name, p in model.named_parameters():

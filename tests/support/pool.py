@@ -41,12 +41,12 @@ class Pool:
         return [value for _, value in answers]
 
     def _answers(self, world: int, timeout: float) -> list[tuple[bool, Any]]:
-        """For each rank True and its result, or False and the reason why there is none."""
+        """For each rank True and its result, or False and the reason why it has none."""
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + timeout
-        while len(answers) < world and (left := end - time.monotonic()) > 0:
+        while len(answers) < world and (remaining := end - time.monotonic()) > 0:
             unanswered = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:world]) if rank not in answers}
-            for pipe in wait(list(unanswered), left):
+            for pipe in wait(list(unanswered), remaining):
                 assert isinstance(pipe, Connection)
                 rank = unanswered[pipe]
                 try:
@@ -70,7 +70,7 @@ class Pool:
 
 
 def _work(pipe: Connection) -> None:
-    """The worker: calls the functions that arrive through the pipe until the pipe is closed."""
+    """The worker: calls the functions that it receives through the pipe until the pipe is closed."""
     faulthandler.enable()
     import torch
     import torch.distributed as dist

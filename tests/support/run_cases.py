@@ -20,7 +20,7 @@ from model.transformer import Transformer
 from parallel import fsdp, mesh
 from parallel.build import build_model
 from parallel.mesh import World
-from tests.support.configs import PRIME_MODEL, words
+from tests.support.configs import PRIME_MODEL, run_arguments
 from trainer import startup
 from trainer.checkpoint.folder import complete_checkpoints, open_checkpoint
 from trainer.checkpoint.load import checkpoint_tensors, load_checkpoint, weights_digest
@@ -37,15 +37,15 @@ from trainer.step import train_step
 
 
 def config(corpus: Path, runs: Path, *more: str) -> Config:
-    return read_config(None, words(corpus, runs, *more))
+    return read_config(None, run_arguments(corpus, runs, *more))
 
 
 def run(corpus: Path, runs: Path, *more: str) -> int:
     return train(config(corpus, runs, *more))
 
 
-def run_words(corpus: str, runs: str, more: list[str]) -> int:
-    """`run` for the pool."""
+def run_in_pool(corpus: str, runs: str, more: list[str]) -> int:
+    """`run` with arguments that the pool can send to its processes."""
     return run(Path(corpus), Path(runs), *more)
 
 
@@ -76,7 +76,7 @@ def initial_digests(places: list[str], run: str, expert: int) -> list[str]:
 
 
 def missing_on_rank_1(corpus: str, place: str, more: list[str]) -> str:
-    """The error of each rank if rank 1 does not have the folder of the initial weights."""
+    """The error on this rank if rank 1 does not have the folder of the initial weights."""
     where = f"{place}-gone" if World.from_environment().rank == 1 else place
     settings = config(Path(corpus), Path("none"), *more, f"train.init_from={where}")
     try:
@@ -100,7 +100,7 @@ def last_digest(folder: Path) -> str:
     return weights_digest(load_model(complete_checkpoints(folder / "checkpoints")[-1])[0])
 
 
-def fresh(corpus: Path, *more: str) -> Run:
+def new_run(corpus: Path, *more: str) -> Run:
     """A run before its first step, in this process, without a folder."""
     settings = config(corpus, Path("none"), *more)
     run = unsaved_run(settings, World(), torch.float32)
@@ -150,7 +150,7 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
     """Five optimizer steps without a run folder, each of 12 rows in two micro-batches.
 
     Returns the fields of each step, the weights, and the smallest distance between the score of an expert that was
-    chosen and of one that was not: rounding may decide a near tie, so layouts can be compared only without near ties.
+    chosen and of one that was not: rounding may decide a near tie, so meshes can be compared only without near ties.
     """
     world = World.from_environment()
     compute_dtype = getattr(torch, dtype)
@@ -167,7 +167,7 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
         gaps = [float("inf")]
         for module in run.model.modules():
             if isinstance(module, Router) and world.size == 1:
-                module.register_forward_hook(lambda router, inputs, _: gaps.append(narrowest(router, *inputs)))
+                module.register_forward_hook(lambda router, inputs, _: gaps.append(smallest_score_gap(router, *inputs)))
         run.model.train()
         fields = [train_step(run, run.loader.step(step)).fields for step in range(5)]
         weights = {}
@@ -179,9 +179,9 @@ def steps(corpus: str, dtype: str, more: list[str]) -> Steps:
 
 
 @torch.no_grad()
-def narrowest(router: Router, x: torch.Tensor, real: torch.Tensor, *_: object) -> float:
+def smallest_score_gap(router: Router, x: torch.Tensor, is_real: torch.Tensor, *_: object) -> float:
     """The smallest distance, over real tokens, between the scores of the last chosen expert and of the next one."""
-    scores = (x[real].to(router.weight.dtype) @ router.weight.t()).sigmoid() + router.bias
+    scores = (x[is_real].to(router.weight.dtype) @ router.weight.t()).sigmoid() + router.bias
     best = scores.topk(min(router.top_k + 1, scores.shape[1]), dim=-1).values
     if best.shape[1] == router.top_k or not len(best):
         return float("inf")
@@ -189,7 +189,7 @@ def narrowest(router: Router, x: torch.Tensor, real: torch.Tensor, *_: object) -
 
 
 def many_steps(corpus: str, cases: list[tuple[str, list[str]]]) -> list[Steps]:
-    """`steps` for each (dtype, more) of a list; only rank 0 returns the weights."""
+    """`steps` for each (dtype, more) in `cases`; only rank 0 returns the weights."""
     results = [steps(corpus, dtype, more) for dtype, more in cases]
     if World.from_environment().rank == 0:
         return results

@@ -1,10 +1,10 @@
 """Measures how much of the time of the exchange's transfers is hidden by computation, over a slow link.
 
-test_overlap.py starts it on two hosts. Steps with and without overlap alternate. It prints one JSON object. `legs` has,
-for each transfer (dispatch and combine, in the forward and in the backward), medians over layers and steps in seconds:
-`transfer`, the wait without overlap; `beside`, the computation that runs during the transfer; `exposed`, the wait that
-remains with overlap, at the start or at the finish. `with` and `without` are the seconds of a step with and without
-overlap.
+test_overlap.py starts it on two hosts. Steps with and without overlap alternate. It prints one JSON object. For each
+transfer (dispatch and combine, in the forward and in the backward), `transfers` has medians over layers and steps, in
+seconds: `transfer` is the wait without overlap; `computation` is the time of the computation that runs during the
+transfer; `exposed` is the wait that remains with overlap, at the start or at the finish. `with` and `without` are the
+seconds of a step with and without overlap.
 """
 
 import argparse
@@ -59,9 +59,9 @@ def main() -> None:
         now = time.perf_counter()
         rows = finish(transfer)
         end = time.perf_counter()
-        times = measured.setdefault(name, {"transfer": [], "beside": [], "exposed": []})
+        times = measured.setdefault(name, {"transfer": [], "computation": [], "exposed": []})
         if transfer.overlap:
-            times["beside"].append(now - after)
+            times["computation"].append(now - after)
             times["exposed"].append(after - before + end - now)
         else:
             times["transfer"].append(after - before)
@@ -90,9 +90,9 @@ def main() -> None:
             seconds_with.append(seconds)
         else:
             seconds_without.append(seconds)
-    legs = {name: _medians(times) for name, times in measured.items()}
+    transfers = {name: _medians(times) for name, times in measured.items()}
     steps = {"with": statistics.median(seconds_with), "without": statistics.median(seconds_without)}
-    print(json.dumps({"legs": legs, **steps}))
+    print(json.dumps({"transfers": transfers, **steps}))
     rendezvous.disconnect()
     exit_now(0)  # a normal exit frees Python's objects while gloo's threads still run, and may abort
 

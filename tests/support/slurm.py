@@ -39,7 +39,7 @@ class NoSlurm(Exception):
 class Machine:
     name: str
     address: str
-    enter: list[str]  # the words that, before a command, make it run on this machine
+    enter: list[str]  # prefix of a command that runs on this machine
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Slurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For commands of this SLURM, without variables of a job in which this test itself may run."""
+        """The environment of this SLURM's commands, without variables of a job in which this test itself may run."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
@@ -112,7 +112,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
 
 
 def _machines(folder: Path, stack: contextlib.ExitStack) -> list[Machine]:
-    """Two network namespaces with separate host names; if they cannot be created, twice this host."""
+    """Two network namespaces with separate host names; if they cannot be created, this host twice."""
     try:
         spaces = stack.enter_context(hosts.two_hosts())
     except hosts.NamespacesUnavailable:

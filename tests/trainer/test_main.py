@@ -114,7 +114,7 @@ def torchrun(words):
 
 def start(corpus, runs):
     """A long run on processes that torchrun starts, after its first steps."""
-    command = torchrun(cases.words(corpus, runs, "run.name=live", "train.steps=100000"))
+    command = torchrun(cases.run_arguments(corpus, runs, "run.name=live", "train.steps=100000"))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     metrics = Path(runs) / "live" / "metrics.jsonl"
     for _ in range(600):
@@ -147,6 +147,6 @@ def test_a_signal_to_one_rank_stops_and_saves_all(corpus_dir, tmp_path):
 @pytest.mark.slow
 def test_two_runs_with_torchrun_have_the_same_losses(corpus_dir, tmp_path):
     for number in "12":
-        subprocess.run(torchrun(cases.words(corpus_dir, tmp_path / number, "run.name=r")), check=True, cwd=ROOT)
+        subprocess.run(torchrun(cases.run_arguments(corpus_dir, tmp_path / number, "run.name=r")), check=True, cwd=ROOT)
     losses = [cases.losses(tmp_path / number / "r") for number in "12"]
     assert losses[0] == losses[1] and len(losses[0]) == 20

@@ -29,7 +29,7 @@ def loaded(corpus_dir, tmp_path_factory):
 
 def test_a_step_applies_each_layer_once_and_trains_all_weights(corpus_dir):
     """Each layer is applied once per micro-batch, and the router is trained with top-1, too."""
-    run = cases.fresh(corpus_dir, "train.micro_batch_size=3", "train.global_batch_size=6")
+    run = cases.new_run(corpus_dir, "train.micro_batch_size=3", "train.global_batch_size=6")
     calls = Counter()
     for name, module in run.model.named_modules():
         if name:

@@ -11,7 +11,7 @@ from tests.support import run_cases as cases
 from trainer.checkpoint.folder import complete_checkpoints
 from trainer.metrics import read_lines
 
-POISONED = "tests.support.fault_cases:poisoned"
+POISONED = "tests.support.fault_cases:run_with_nonfinite_steps"
 
 
 def saved_steps(run):
@@ -52,7 +52,7 @@ def test_an_infinity_on_one_rank_halves_the_loss_scale_on_all(pool, corpus_dir, 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_too_many_skipped_steps_end_the_run(corpus_dir, tmp_path, limit):
     more = ["run.name=nan", "checkpoint.every=1", "checkpoint.keep=1", f"train.max_skipped={limit}"]
-    steps = fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 99)))
+    steps = fault_cases.run_with_nonfinite_steps(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 99)))
     error = steps.pop()["error"]
     assert len(steps) == 3 + limit
     assert error.startswith(f"train.max_skipped={limit}: {limit} consecutive steps had no finite gradient; ")
@@ -64,7 +64,7 @@ def test_too_many_skipped_steps_end_the_run(corpus_dir, tmp_path, limit):
 
 def test_a_skipped_last_step_still_ends_the_run(corpus_dir, tmp_path):
     more = ["run.name=nan", "train.steps=4", "checkpoint.every=1"]
-    fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "gradient", [4])
+    fault_cases.run_with_nonfinite_steps(str(corpus_dir), str(tmp_path), more, 0, "gradient", [4])
     assert saved_steps(tmp_path / "nan")[-1] == 4
 
 
@@ -87,7 +87,7 @@ def test_a_stop_while_steps_are_skipped_saves_no_bad_weights(corpus_dir, tmp_pat
         return any(x["step"] == 5 for x in read_lines(tmp_path / "nan" / "metrics.jsonl"))
 
     more = ["run.name=nan", "checkpoint.every=3", "train.max_skipped=50000", "train.steps=100000"]
-    with fault_cases.when(event, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        fault_cases.poisoned(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 100000)))
+    with fault_cases.call_when(event, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        fault_cases.run_with_nonfinite_steps(str(corpus_dir), str(tmp_path), more, 0, "loss", list(range(4, 100000)))
     assert saved_steps(tmp_path / "nan") == [3]
     assert (tmp_path / "nan" / "requeue").exists()

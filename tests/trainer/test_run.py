@@ -10,7 +10,7 @@ from tests.support import run_cases as cases
 from trainer.checkpoint.folder import complete_checkpoints, read_manifest
 from trainer.metrics import read_lines
 
-RUN = "tests.support.run_cases:run_words"
+RUN = "tests.support.run_cases:run_in_pool"
 
 
 @pytest.fixture(scope="module")

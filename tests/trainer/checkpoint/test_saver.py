@@ -27,7 +27,7 @@ from trainer.fault_tolerance.run_lock import LockLost, RunLock
 from trainer.metrics import read_lines
 
 CASES = "tests.support.run_cases:"
-RUN = CASES + "run_words"
+RUN = CASES + "run_in_pool"
 
 
 @pytest.fixture(scope="module")

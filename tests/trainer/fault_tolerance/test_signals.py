@@ -27,7 +27,7 @@ from trainer.checkpoint.folder import complete_checkpoints
 from trainer.fault_tolerance.watchdog import CHECK_INTERVAL_S
 from trainer.metrics import read_lines
 
-SIGNALLED = "tests.support.fault_cases:signalled"
+SIGNALLED = "tests.support.fault_cases:run_with_signal"
 BUSY = ["eval.every=1", "eval.batches=all", "eval.final=all", "sample.every=2", "train.steps=8", "checkpoint.every=100"]
 BUSY += ["run.name=stops"]
 
@@ -59,7 +59,7 @@ def test_a_run_stopped_at_any_moment_ends_as_if_never_stopped(pool, corpus_dir, 
     def start(kind, times, number):
         keys = dict(corpus=str(corpus_dir), runs=str(tmp_path), more=BUSY, rank=world - 1)
         keys |= dict(kind=kind, times=times, number=number)
-        codes = [fault_cases.signalled(**keys)] if world == 1 else pool.run(world, SIGNALLED, **keys)
+        codes = [fault_cases.run_with_signal(**keys)] if world == 1 else pool.run(world, SIGNALLED, **keys)
         assert codes == [0] * world
 
     for index, (kind, times) in enumerate(MOMENTS):
@@ -108,9 +108,9 @@ def test_a_stop_interrupts_evaluations_and_samples(corpus_dir, tmp_path, monkeyp
 
 def test_ctrl_c_writes_no_requeue_file_and_a_start_removes_it(corpus_dir, tmp_path):
     words = dict(corpus=str(corpus_dir), runs=str(tmp_path), more=["run.name=c"], rank=0, kind="train")
-    assert fault_cases.signalled(**words, number=SIGUSR1, times=3) == 0
+    assert fault_cases.run_with_signal(**words, number=SIGUSR1, times=3) == 0
     assert "stopped at step" in (tmp_path / "c" / "requeue").read_text()
-    assert fault_cases.signalled(**words, number=SIGINT, times=8) == 0
+    assert fault_cases.run_with_signal(**words, number=SIGINT, times=8) == 0
     assert not (tmp_path / "c" / "requeue").exists()
     events = [x for x in read_lines(tmp_path / "c" / "metrics.jsonl") if x.get("event") == "stopped"]
     assert [x["requeue"] for x in events] == [True, False]
@@ -177,7 +177,7 @@ def test_signals_are_received_in_c_code_and_nohup_is_respected():
 
 @pytest.mark.slow
 def test_torchrun_restarts_killed_ranks_but_no_stopped_run(corpus_dir, tmp_path):
-    words = cases.words(corpus_dir, tmp_path, "run.name=k", "train.steps=100000", "checkpoint.every=5")
+    words = cases.run_arguments(corpus_dir, tmp_path, "run.name=k", "train.steps=100000", "checkpoint.every=5")
     metrics = tmp_path / "k" / "metrics.jsonl"
     with launched_run(torchrun(words, "--max-restarts=3"), tmp_path / "run") as run:
         run.wait_for(lambda: count_lines(metrics) >= 12, "12 steps")
@@ -206,7 +206,7 @@ def test_torchrun_restarts_killed_ranks_but_no_stopped_run(corpus_dir, tmp_path)
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_during_the_start_ends_all(corpus_dir, tmp_path):
-    words = cases.words(corpus_dir, tmp_path, "run.name=s", "train.steps=100000")
+    words = cases.run_arguments(corpus_dir, tmp_path, "run.name=s", "train.steps=100000")
     with launched_run(torchrun(words, "--max-restarts=3"), tmp_path / "run") as run:
         run.wait_for(lambda: len([pid for pid in run.workers() if handles_signals(pid)]) == 2, "workers")
         os.kill(run.workers()[1], signal.SIGTERM)
@@ -254,7 +254,7 @@ def launched_rank(command, tmp_path, rank, port):
 
 @pytest.mark.slow
 def test_a_suspended_rank_is_named_before_the_timeout(corpus_dir, tmp_path):
-    words = cases.words(corpus_dir, tmp_path, "run.name=h", "train.steps=100000", "run.timeout=30")
+    words = cases.run_arguments(corpus_dir, tmp_path, "run.name=h", "train.steps=100000", "run.timeout=30")
     port, command = free_port(), ["-m", "trainer.main", *words]
     with launched_rank(command, tmp_path, 0, port) as first, launched_rank(command, tmp_path, 1, port) as second:
         first.wait_for(lambda: count_lines(tmp_path / "h" / "metrics.jsonl") > 3, "steps")
@@ -268,10 +268,10 @@ def test_a_suspended_rank_is_named_before_the_timeout(corpus_dir, tmp_path):
 
 @pytest.mark.slow
 def test_an_exception_on_one_rank_is_the_other_ranks_error(corpus_dir, tmp_path):
-    words = cases.words(corpus_dir, tmp_path, "run.name=e", "train.steps=100000", "data.workers=0")
+    words = cases.run_arguments(corpus_dir, tmp_path, "run.name=e", "train.steps=100000", "data.workers=0")
     code = (
-        "import sys; from tests.support.fault_cases import fail_at; from trainer.main import guarded, main\n"
-        "if '{rank}' == '1': fail_at(5, ValueError('no such row'))\n"
+        "import sys; from tests.support.fault_cases import fail_at_step; from trainer.main import guarded, main\n"
+        "if '{rank}' == '1': fail_at_step(5, ValueError('no such row'))\n"
         "sys.exit(guarded(lambda: main(sys.argv[1:])))"
     )
     port = free_port()
@@ -325,7 +325,7 @@ def last_line(out):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["make", "python"])
 def test_ctrl_c_in_a_terminal_saves_and_leaves_it_clean(corpus_dir, tmp_path, program):
-    words = cases.words(corpus_dir, tmp_path, "run.name=t", "train.steps=100000")
+    words = cases.run_arguments(corpus_dir, tmp_path, "run.name=t", "train.steps=100000")
     command = [sys.executable, "-m", "trainer.main", *words]
     if program == "make":  # -o: treat the environment as up to date
         command = ["make", "--no-print-directory", "-o", ".venv/installed-dev", f"python={sys.executable}", "train"]

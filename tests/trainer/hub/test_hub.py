@@ -50,7 +50,9 @@ def runs(pool, corpus_dir, tmp_path_factory):
     for name, (more, _) in KINDS.items():
         words = [*UNUSUAL, *more, f"run.name={name}"]
         if name in ("plain", "all"):
-            pool.run(4, "tests.support.run_cases:run_words", 300, corpus=str(corpus_dir), runs=str(folder), more=words)
+            pool.run(
+                4, "tests.support.run_cases:run_in_pool", 300, corpus=str(corpus_dir), runs=str(folder), more=words
+            )
         else:
             cases.run(corpus_dir, folder, *words)
     return folder
@@ -129,7 +131,7 @@ def smallest_margin(model, ids, first, excluded):
     """
     gaps = []
     hooks = [
-        module.register_forward_hook(lambda router, inputs, _: gaps.append(cases.narrowest(router, *inputs)))
+        module.register_forward_hook(lambda router, inputs, _: gaps.append(cases.smallest_score_gap(router, *inputs)))
         for module in model.modules()
         if isinstance(module, Router)
     ]
@@ -257,7 +259,7 @@ def test_an_export_holds_one_tensor_at_a_time(runs, tmp_path, monkeypatch):
 
 def test_with_balance_until_the_bias_is_zero_at_the_last_step(corpus_dir):
     """The bias balances first, and then decreases linearly. It depends on step and bias only, so a run can resume."""
-    run = cases.fresh(corpus_dir, "train.steps=10", "model.balance_until=0.6", "model.balance_rate=0.01")
+    run = cases.new_run(corpus_dir, "train.steps=10", "model.balance_until=0.6", "model.balance_rate=0.01")
     router = run.model.blocks[0].feed_forward.router
     seen = []
     for batch in run.loader.steps(0, 10):

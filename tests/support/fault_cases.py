@@ -89,11 +89,11 @@ def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: 
     told: list[dict[str, Any]] = []
     now = [0]
 
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, *gradient: Any) -> Tensor:
         bad = now[0] in at and World.from_environment().rank == rank
         if bad and what == "gradient":
             hidden.register_hook(lambda gradient: gradient * torch.inf)
-        value = plain_loss(hidden, weight, targets)
+        value = plain_loss(hidden, weight, targets, *gradient)
         return value * torch.nan if bad and what == "loss" else value
 
     def state(run: Run) -> list[Tensor]:
@@ -104,7 +104,7 @@ def poisoned(corpus: str, runs: str, more: list[str], rank: int, what: str, at: 
         now[0], before = run.step + 1, state(run)
         result = plain_step(run, batch)
         same = [torch.equal(a, b) for a, b in zip(before, state(run), strict=True)]
-        told.append({"step": run.step, "moved": not all(same), "skipped": run.skipped, "tokens": run.tokens})
+        told.append({"step": run.step, "moved": not all(same), "skipped": run.skipped_steps, "tokens": run.tokens})
         told[-1]["scale"] = run.scale.value
         return result
 

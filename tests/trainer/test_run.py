@@ -159,7 +159,7 @@ def test_a_partial_checkpoint_is_ignored(corpus_dir, plain, tmp_path):
         (["train.global_batch_size=100000"], "train.global_batch_size=100000: the corpus holds"),
         (["data.vocab_size=400"], "data.vocab_size"),
         (["data.dir=nowhere"], "data.prepare"),
-        (["parallel.shard=3"], "parallel.shard=3: 1 processes"),
+        (["parallel.shard=3"], "parallel.shard=3: must be 1, the 1 processes"),
         (["run.device=cuda"], "run.device=cuda: 1 process on this machine, 0 CUDA devices"),
     ],
 )

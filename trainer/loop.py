@@ -35,7 +35,9 @@ from trainer.terminal import rank
 
 
 def train(config: Config, stop: StopFlag | None = None) -> int:
-    """Start or resume the run of `config` in this process, and train. Returns 1 if the last save failed, else 0.
+    """Start or resume the run of `config` in this process, and train to its end.
+
+    Returns 1 if the last save failed, else 0.
 
     `stop` receives the signals of this process; if it is None, a new one is installed for the time of this call. Raises
     UserError for a user error, if the training diverged, and if memory ran out; and RankFailed if another rank ended

@@ -9,6 +9,7 @@ the workers' messages say what happened. For several machines add torchrun's fla
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -70,6 +71,9 @@ def main(words: Sequence[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(os.environ["LOGLEVEL"])
     start = time.monotonic()
     args = run.parse_args([*default_flags(one_machine), *words])
+    # The workers print this command to resume the run; each adds its own arguments (see trainer.loop.command).
+    own_words = words[: len(words) - len(args.training_script_args)]
+    os.environ.setdefault("LAUNCHED_BY", f"python -m launch.torchrun {shlex.join(own_words)}")
     error_line = process_count_error(args.nproc_per_node, run.determine_local_world_size)
     if error_line is not None:
         print(f"torchrun: --nproc_per_node={args.nproc_per_node}: {error_line}", file=sys.stderr)

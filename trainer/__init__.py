@@ -1,6 +1,7 @@
 """Runs: training, evaluation and generation with the packages `data`, `model` and `parallel`.
 
-These names are so generic that other packages may have them, too; the check below refuses to run with those.
+These names are so generic that other packages may have them, too; the check below refuses to run if another package
+has one of these names.
 """
 
 from pathlib import Path

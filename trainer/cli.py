@@ -16,9 +16,10 @@ from trainer.terminal import log_stderr, rank
 def guarded(command: Callable[[], int]) -> int:
     """Run a command and return its exit code; an expected error is printed as one line, without a traceback.
 
-    The exit code is 2 for a mistake of the user's (UserError), 130 after Ctrl-C, and that of the other rank if another
-    rank failed. After a mistake torchrun does not restart the workers, which would fail again. Call this before torch
-    is imported, because torch reads the environment variables that are set here.
+    The exit code is 2 after a UserError, 130 after Ctrl-C, and that of the other rank if another rank failed.
+    A UserError is a user error, or a failure that other settings may avoid, such as divergence or memory that ran out.
+    After it torchrun does not restart the workers, which would fail again. Call this before torch is imported, because
+    torch reads the environment variables that are set here.
     """
     environment.set_defaults()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in background jobs of a shell script

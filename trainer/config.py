@@ -54,8 +54,8 @@ class TrainConfig(Section):
     seed: int = Field(0, description="seed of the initial weights, data order, dropout and samples")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="dtype of matrix products: auto | float32 | bfloat16 | float16 (with loss scaling); weights and "
-        "gradient sums stay float32",
+        description="dtype of matrix multiplications: auto | float32 | bfloat16 | float16 (with loss scaling); weights "
+        "and gradient sums stay float32",
     )
     reduce: Literal["once", "every"] = Field(
         "once",
@@ -72,10 +72,10 @@ class TrainConfig(Section):
     )
     liger: bool = Field(False, description="use Liger's loss kernels on CUDA; elsewhere the built-in loss is used")
     max_skipped: Positive = Field(
-        10, description="end the run after this many consecutive steps without a finite gradient"
+        10, description="end the run after this many consecutive steps whose loss or gradient is not finite"
     )
     init_from: str | None = Field(
-        None, description="initialize with the weights of a checkpoint, a run, or a folder in the Hugging Face layout"
+        None, description="initialize with the weights of a checkpoint, a run, or a folder in the Hugging Face format"
     )
 
     @model_validator(mode="after")

@@ -12,9 +12,9 @@ from parallel.mesh import World
 from trainer.machine import free_memory, inference_dtype
 from trainer.terminal import log_stderr, plural
 
-# Peak TFLOP/s of (bf16, fp16) by NVIDIA's data sheets and architecture papers: dense products with sums in fp32,
-# without sparsity; None if a card has no tensor cores for the dtype. A pattern has to match the whole name of a card
-# after the maker, as torch.cuda.get_device_name() has it: variants, such as those of laptops, have other peaks.
+# Peak TFLOP/s of (bf16, fp16) by NVIDIA's data sheets and architecture papers: dense matrix multiplications, sums in
+# fp32, without sparsity; None if a card has no tensor cores for the dtype. A pattern has to match the whole name of a
+# card after the maker, as torch.cuda.get_device_name() has it: variants, such as those of laptops, have other peaks.
 PEAK_TFLOPS: dict[str, tuple[float | None, float | None]] = {
     r"GB200": (2500, 2500),
     r"B200": (2250, 2250),

@@ -41,7 +41,7 @@ def print_plan(config: Config) -> None:
     print(dump(config.sections()))
     for line in mesh_lines(config, world, device):
         print(line)
-    print(f"parameters  {total:,} in all, {active:,} active per token; matrix products in {dtype_name(dtype)}")
+    print(f"parameters  {total:,} in all, {active:,} active per token; matrix multiplications in {dtype_name(dtype)}")
     print(f"compute     {compute(config, vocab_size, global_tokens, device, dtype)}")
     for line in memory_lines(config, vocab_size, dtype, degrees(config, world), layout, device):
         print(line)
@@ -61,7 +61,7 @@ def mesh_lines(config: Config, world: World, device: torch.device) -> list[str]:
     d = degrees(config, world)
     processes = plural(world.size, "process")
     lines = [
-        f"mesh        {processes}: replicate {d.replicate} x shard {d.shard}, on {machine.describe(device)}",
+        f"mesh        {processes}: replicate {d.replicate} x shard {d.shard}, on {machine.describe_device(device)}",
     ]
     if config.model.moe_layers:
         placement = ExpertPlacement(config.model.n_experts, d.expert)
@@ -82,7 +82,7 @@ def compute(config: Config, vocab_size: int, tokens: int, device: torch.device, 
     if device.type != "cuda":
         return text
     peak = devices.peak_flops(device, dtype)
-    name = machine.describe(device)
+    name = machine.describe_device(device)
     if peak is None:
         return f"{text}; no MFU, because the peak of {name} in {dtype_name(dtype)} is not known"
     return f"{text}; MFU is relative to {peak / 1e12:g} TFLOP/s, the peak of {name} in {dtype_name(dtype)}"

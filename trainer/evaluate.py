@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data.shards import Corpus
     from parallel.mesh import World
     from trainer.checkpoint.load import load_model
-    from trainer.evaluation import describe, evaluate
+    from trainer.evaluation import describe_evaluation, evaluate
     from trainer.machine import dtype_name, set_threads
 
     if args.batches != "all" and not (args.batches.isdigit() and int(args.batches) > 0):
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     line = evaluate(model, corpus, config, args.batches, World(), args.split)
     line |= {"device": model.embedding.weight.device.type, "dtype": dtype_name(model.compute_dtype)}
-    print(describe(line), file=sys.stderr)
+    print(describe_evaluation(line), file=sys.stderr)
     print(json.dumps(line))
     return 0
 

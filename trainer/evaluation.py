@@ -1,7 +1,7 @@
 """Validation loss: a model is evaluated on whole stories, one a row, and compared with the corpus's true entropy.
 
-The result is the same at any number of ranks, whatever data.pack is. The loop of a run evaluates with `evaluate`, and
-`python -m trainer.evaluate` does so for a checkpoint (`evaluate.py`).
+The result is the same at any number of ranks up to rounding, whatever data.pack is. The loop of a run evaluates with
+`evaluate`, and `python -m trainer.evaluate` does so for a checkpoint (`evaluate.py`).
 
 The targets are all tokens after bos, eos included. Tokens beyond data.seq_len are cut, and counted. If the source of
 the corpus knows the probability of each story, the true cross-entropy of these stories is the floor, and `excess` is
@@ -83,7 +83,7 @@ def summary(split: Split, tokenizer: Tokenizer, n_stories: int, seq_len: int, na
             log_prob += float(shard.log_probs[:count].sum())
         remaining -= count
     loss = nats / max(1, n_tokens)
-    # If a story is cut, the probability of the part that was evaluated is unknown.
+    # If a story is cut, the probability of its remaining tokens is unknown.
     floor = None if log_prob is None or n_cut else -log_prob / max(1, n_tokens)
     return {
         "stories": n_stories,
@@ -97,7 +97,7 @@ def summary(split: Split, tokenizer: Tokenizer, n_stories: int, seq_len: int, na
     }
 
 
-def describe(line: dict[str, Any]) -> str:
+def describe_evaluation(line: dict[str, Any]) -> str:
     """The fields of an `eval` line as a sentence for the log."""
     text = f"{line['split']} loss {line['loss']:.4f} nats per token"
     if line["floor"] is not None:

@@ -73,7 +73,7 @@ def generate_batch(
     """Yields (number of the prompt, token): one token of each unfinished story in turn, as `generate` does for one.
 
     Prompt i draws with the seed `sampling.seed + i`, and its story is the one that `generate` yields with that seed, up
-    to the rounding of a matrix product with more rows. A story that has ended leaves the batch.
+    to the rounding of a matrix multiplication with more rows. A story that has ended leaves the batch.
     """
     import torch
 

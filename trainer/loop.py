@@ -2,7 +2,7 @@
 
 If the same command is started again, the run resumes from its newest checkpoint as if it had never stopped. A request
 to stop may reach any rank; all ranks agree on it in the all-reduce of each step, before each batch of an evaluation,
-and after each piece of a sample.
+and after each generated token of a sample.
 """
 
 import os
@@ -21,7 +21,7 @@ from model.precision import weights_unchanged
 from parallel import collectives, fsdp
 from trainer import devices, machine
 from trainer.config import Config
-from trainer.evaluation import describe, evaluate
+from trainer.evaluation import describe_evaluation, evaluate
 from trainer.fault_tolerance.errors import AlreadyFinished, Stopped
 from trainer.fault_tolerance.signals import StopFlag, write_requeue_file
 from trainer.fault_tolerance.watchdog import report_failures
@@ -35,10 +35,13 @@ from trainer.terminal import rank
 
 
 def train(config: Config, stop: StopFlag | None = None) -> int:
-    """Start or resume the run of `config` in this process, and train to its end. Returns the exit code.
+    """Start or resume the run of `config` in this process, and train to its end.
+
+    Returns 1 if the last save failed, else 0.
 
     `stop` receives the signals of this process; if it is None, a new one is installed for the time of this call. Raises
-    UserError for a mistake of the user's, and RankFailed if another rank ended the run.
+    UserError for a user error, if the training diverged, and if memory ran out; and RankFailed if another rank ended
+    the run.
     """
     if stop is None:
         with StopFlag() as stop:
@@ -61,7 +64,7 @@ def loop(run: Run) -> None:
     """Train until the last step, until train.stop_at, or until a signal; then finish or save the run."""
     try:
         raise_if_stopped(run)
-        run_missed_evaluation(run)
+        run_missed_evaluation_and_samples(run)
         train_steps(run, min(run.steps, run.config.train.stop_at or run.steps))
         if run.step >= run.steps:
             finish(run)
@@ -99,9 +102,9 @@ def train_steps(run: Run, last: int) -> None:
                 run_samples(run)
         if run.step == last or due(config.checkpoint.every, run.step):
             save_due = True
-        # If the last steps were skipped, the weights may be bad: a save that is due waits for a step with a finite
-        # gradient. Only the last step of the run is always saved.
-        if run.step == run.steps or (save_due and not run.skipped):
+        # If the last steps were skipped, the weights may be bad: a save that is due waits for a step that is not
+        # skipped. Only the last step of the run is always saved.
+        if run.step == run.steps or (save_due and not run.skipped_steps):
             run.watchdog.mark("saving")
             run.saver.save(run.step, checkpoint_fields(run), wait=run.step == last)
             save_due = False
@@ -137,25 +140,25 @@ def timed_batches(run: Run, last: int) -> Iterator[tuple[Step, float]]:
 
 
 def due(every: int, step: int) -> bool:
-    """Whether something that is done after each `every` steps (0: never) is due after `step`."""
+    """Whether `step` is a multiple of `every`; never if `every` is 0."""
     return every > 0 and step % every == 0
 
 
 def raise_if_diverged(run: Run) -> None:
-    """Raises UserError after train.max_skipped consecutive steps without a finite gradient."""
+    """Raises UserError after train.max_skipped consecutive steps whose loss or gradient was not finite."""
     limit = run.config.train.max_skipped
-    if run.skipped >= limit:
+    if run.skipped_steps >= limit:
         newest = run.saver.newest if run.saver is not None else None
         raise UserError(
             f"train.max_skipped={limit}: {limit} consecutive steps had no finite gradient; "
-            f"lower train.max_lr, and resume from step {newest} by the same command"
+            f"lower train.max_lr and start again; the run resumes from step {newest}"
         )
 
 
 def raise_if_stopped(run: Run) -> None:
     """Raises Stopped on all ranks if one of them was asked to stop.
 
-    Called before the first step, before each batch of an evaluation, and after each piece of a sample.
+    Called before the first step, before each batch of an evaluation, and after each generated token.
     """
     run.watchdog.mark(run.watchdog.progress.phase)
     (requests,) = collectives.sum_over_ranks(torch.tensor([run.stop.requested, run.stop.requeue]))
@@ -176,8 +179,8 @@ def device_fields(run: Run, tokens_per_second: float) -> dict[str, float]:
     return fields | machine.memory_used(run.device)
 
 
-def run_missed_evaluation(run: Run) -> None:
-    """After a resume, run the evaluation and the samples of that step, if a stop interrupted them."""
+def run_missed_evaluation_and_samples(run: Run) -> None:
+    """Run the evaluation and the samples of the resumed step if a stop interrupted or prevented them."""
     if run.step == 0 or run.step >= run.steps:
         return
     if due(run.config.eval.every, run.step) and not was_evaluated(run):
@@ -189,25 +192,28 @@ def run_missed_evaluation(run: Run) -> None:
 def was_evaluated(run: Run) -> bool:
     """Whether metrics.jsonl, which rank 0 reads for all, has an evaluation of this step."""
     lines = read_lines(run.reporter.file.path) if run.world.rank == 0 else []
-    was_evaluated = any(line["kind"] == "eval" and line["step"] == run.step for line in lines)
-    return bool(collectives.broadcast(was_evaluated))
+    found = any(line["kind"] == "eval" and line["step"] == run.step for line in lines)
+    return bool(collectives.broadcast(found))
 
 
 def run_evaluation(run: Run, batches: int | str) -> None:
-    """Evaluate `batches` validation batches (`all` or a number), and report the result. Raises Stopped."""
+    """Evaluate `batches` validation batches (`all` or a number), and report the result.
+
+    Raises Stopped if a rank was asked to stop.
+    """
     run.watchdog.mark("evaluation")
     with weights_unchanged():
         line = evaluate(
             run.model, run.corpus, run.config, batches, run.world, before_batch=lambda: raise_if_stopped(run)
         )
     run.reporter.write("eval", run.step, **line)
-    run.reporter.log(f"step {run.step}: {describe(line)}")
+    run.reporter.log(f"step {run.step}: {describe_evaluation(line)}")
 
 
 def run_samples(run: Run) -> list[str]:
     """Sample a story for each prompt. All ranks compute the same stories, and rank 0 writes them to samples/.
 
-    Raises Stopped.
+    Raises Stopped if a rank was asked to stop.
     """
     run.watchdog.mark("sampling")
     config = run.config.sample
@@ -234,16 +240,16 @@ def save_unless_saved(run: Run) -> None:
     run.watchdog.mark("saving")
     assert run.saver is not None
     run.saver.finish()
-    if run.step != run.saver.newest and not run.skipped:
+    if run.step != run.saver.newest and not run.skipped_steps:
         run.saver.save(run.step, checkpoint_fields(run), wait=True)
 
 
 def end_early(run: Run, requeue: bool) -> None:
-    """End a run before its last step; `requeue`: leave the mark that asks the cluster to start it again."""
+    """End a run before its last step. requeue: write the `requeue` file, so that the cluster starts the run again."""
     assert run.saver is not None
     if requeue and run.world.rank == 0:
         write_requeue_file(run.folder, run.step)
-    run.watchdog.close()  # no rank waits for another from here on
+    run.watchdog.close()  # safe to close: no more collectives
     run.reporter.event(run.step, "stopped", requeue=requeue)
     run.reporter.close()
     saved = f"saved at {run.saver.newest}" if run.saver.newest else "no checkpoint was saved"
@@ -286,9 +292,11 @@ def print_derivable(stories: list[str]) -> None:
 
 
 def command() -> str:
-    """The command that started this run, as a user would type it.
+    """A command that starts this run again, with the settings of this process.
 
-    A script that starts the trainer sets LAUNCHED_BY to its own command.
+    A script that starts the trainer (launch/torchrun.py, launch/slurm/) sets LAUNCHED_BY to its own command. Otherwise
+    the command is rebuilt from the variables that torchrun sets, which do not include its flags for several machines
+    (--nnodes, --node_rank, --master_addr): add them.
     """
     launcher = "python -m trainer.main"
     if "WORLD_SIZE" in os.environ:

@@ -26,8 +26,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_dtype(requested: str, device: torch.device, dim: int, previous: str | None = None) -> torch.dtype:
-    """The dtype of matrix products. `auto` is bf16 on CUDA from sm80 on, and fp16 below; on a CPU it is fp32, unless a
-    short trial shows that bf16 is faster for a model of width `dim`.
+    """The dtype of matrix multiplications. `auto` is bf16 on CUDA from sm80 on, and fp16 below; on a CPU it is fp32,
+    unless a short trial shows that bf16 is faster for a model of width `dim`.
 
     A repeated trial may have another result. So a resumed run keeps its `previous` dtype, unless this CPU has no bf16.
     """
@@ -55,20 +55,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def bf16_pays(dim: int) -> bool:
-    """Whether this CPU multiplies matrices of width `dim` faster in bf16. Small products are slower on any CPU."""
+    """Whether this CPU multiplies matrices of width `dim` faster in bf16. Small matrices are slower on any CPU."""
     size = min(dim, 512)
     if not _has_bf16():
         return False
-    return BF16_MIN_SPEEDUP * _product_seconds(torch.bfloat16, size) < _product_seconds(torch.float32, size)
+    return BF16_MIN_SPEEDUP * _matmul_seconds(torch.bfloat16, size) < _matmul_seconds(torch.float32, size)
 
 
 def _has_bf16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX; without them a product takes 100 times as long as in fp32."""
-    return _product_seconds(torch.bfloat16, 128) < 4 * _product_seconds(torch.float32, 128)
+    """Whether the CPU has AVX512-BF16 or AMX; without them a multiplication takes 100 times as long as in fp32."""
+    return _matmul_seconds(torch.bfloat16, 128) < 4 * _matmul_seconds(torch.float32, 128)
 
 
-def _product_seconds(dtype: torch.dtype, size: int) -> float:
-    """Seconds of a square product: the best of four, because other processes may be busy."""
+def _matmul_seconds(dtype: torch.dtype, size: int) -> float:
+    """Seconds of a multiplication of square matrices: the best of four, because other processes may be busy."""
     a = torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(4):
@@ -233,7 +233,7 @@ def _read_proc_number(path: str, key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """The model of the GPU, or of the CPU and its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

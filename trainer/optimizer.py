@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of `step` (from 0) in a run of `steps`: a linear warm-up, and then the schedule.
+    """The learning rate of `step` (from 0) in a run of `steps` steps: a linear warm-up, and then the schedule.
 
     cosine reaches min_lr at step decay_steps. wsd (warm-up, stable, decay; arXiv:2404.06395) stays at max_lr, and falls
     to min_lr in the last decay_steps steps of the run, as 1 - sqrt (arXiv:2405.18392). Before that decay, its rates do
@@ -83,7 +83,7 @@ class LossScale:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> "LossScale":
-        """The scale at the start of a run whose matrix products are in `dtype`."""
+        """The scale at the start of a run whose matrix multiplications are in `dtype`."""
         return cls(cls.INITIAL, on=True) if dtype == torch.float16 else cls()
 
     @property

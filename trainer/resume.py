@@ -1,4 +1,4 @@
-"""The checkpoint from which a run resumes: whether it fits the settings, what has changed since it was saved.
+"""The checkpoint from which a run resumes: whether it fits the settings, and what has changed since it was saved.
 
 `checkpoint_fields` is what a save records for these comparisons.
 """
@@ -32,12 +32,12 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
     another model or corpus.
     """
     folder = config.run.folder
-    found, skipped = collectives.broadcast(
+    found, skipped_checkpoints = collectives.broadcast(
         newest_checkpoint(folder / "checkpoints") if collectives.rank() == 0 else None
     )
     if found is None:
-        if skipped:
-            raise UserError(no_usable_checkpoint(folder / "checkpoints", skipped))
+        if skipped_checkpoints:
+            raise UserError(no_usable_checkpoint(folder / "checkpoints", skipped_checkpoints))
         return None, []
     manifest = found.manifest
     may_change = {f"model.{key}" for key in MAY_DIFFER_KEYS}
@@ -53,7 +53,7 @@ def find_checkpoint(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> tup
             f"{folder}: made with another corpus than {config.data.dir}; choose another run.name=, or continue with "
             "checkpoint.allow_other_corpus=true"
         )
-    return found, skipped
+    return found, skipped_checkpoints
 
 
 def raise_if_finished(config: Config, found: Checkpoint | None, steps: int) -> None:
@@ -70,7 +70,7 @@ def raise_if_finished(config: Config, found: Checkpoint | None, steps: int) -> N
 
 
 def resume_notes(manifest: dict[str, Any], run: Run, threads: int) -> list[str]:
-    """A line for each difference between this start and the one that wrote the checkpoint."""
+    """A line for each difference between this launch and the one that wrote the checkpoint."""
     changed = changes(manifest["config"], run.config)
     notes = [f"changed since step {manifest['step']}: {line}" for line in changed.values()]
     if manifest["corpus"] != run.corpus.hash or any(key in changed for key in DATA_ORDER_KEYS):
@@ -120,7 +120,7 @@ def checkpoint_fields(run: Run) -> dict[str, Any]:
         "config": {name: section.model_dump() for name, section in run.config.sections().items()},
         "steps": run.steps,
         "tokens": run.tokens,
-        "skipped": run.skipped,
+        "skipped": run.skipped_steps,
         "loss_scale": asdict(run.scale),
         "vocab_size": run.tokenizer.vocab_size,
         "tokenizer": run.tokenizer.hash,

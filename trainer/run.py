@@ -25,13 +25,13 @@ from trainer.spikes import Spikes
 class Run:
     """A run on one rank, used as a context manager.
 
-    Its end releases `resources`: the folder lock, the process group, wandb, the saver and the watchdog.
+    Leaving the context closes `resources`: the folder lock, the process group, wandb, the saver and the watchdog.
     """
 
     config: Config
     world: World
     device: torch.device
-    dtype: torch.dtype  # of matrix products
+    dtype: torch.dtype  # of matrix multiplications
     degrees: Degrees
     corpus: Corpus
     tokenizer: Tokenizer
@@ -46,7 +46,7 @@ class Run:
     saver: Saver | None = None  # None if nothing is saved, as in tests of single steps
     step: int = 0  # finished steps
     tokens: int = 0  # targets that entered the loss so far
-    skipped: int = 0  # consecutive steps without a finite gradient
+    skipped_steps: int = 0  # consecutive steps whose loss or gradient was not finite
     spikes: Spikes = field(default_factory=Spikes)
     resources: ExitStack = field(default_factory=ExitStack)
 

@@ -5,7 +5,7 @@ from collections import deque
 
 
 class Spikes:
-    """Detects a loss that is above the median of the last 100 losses by 10% and by 8 median absolute deviations.
+    """Detects a loss above the median of the last 100 by more than 10% and by more than 8 median absolute deviations.
 
     8 median absolute deviations of a normal distribution are 5.4 standard deviations. A spike is reported once, until a
     loss is below these bounds again.
@@ -18,7 +18,7 @@ class Spikes:
         self._recent: deque[float] = deque(maxlen=self.WINDOW_LOSSES)
         self._in_spike = False
 
-    def usual(self, loss: float) -> float | None:
+    def median_if_spike(self, loss: float) -> float | None:
         """The median of the recent losses if a spike begins with this loss, else None. Records the loss."""
         median = None
         if len(self._recent) >= self.MIN_LOSSES:

@@ -1,6 +1,7 @@
 """The start of a run: `start` turns settings into a `Run` that is ready for its next step, new or resumed.
 
-It first checks everything that can be checked without a process group. Then it connects the processes, locks the run's
+It first connects to the key-value store of this launch, through which the watchdogs of the ranks communicate. Next it
+checks everything that can be checked without a process group. Then it creates the process group, locks the run's
 folder, finds the checkpoint to resume from, builds the model, and loads the weights.
 """
 
@@ -38,17 +39,17 @@ from trainer.run import Run
 from trainer.terminal import plural
 
 VISIBILITY_TIMEOUT_S = 10.0  # how long a shared file system may need to show a file that another host wrote
-# Collectives time out after this factor times run.timeout, so that the watchdog, which names the late rank, is first.
+# Collectives time out after this factor times run.timeout, so that the watchdog, which names the late rank, acts first.
 COLLECTIVE_TIMEOUT_FACTOR = 4
-_restart_count = itertools.count()  # of runs in this process
+_launch_number = itertools.count()  # counts the calls of `start` in this process
 
 
 def start(config: Config, stop: StopFlag) -> Run:
     """A run that is ready for its next step. `stop` receives the signals of this process.
 
-    Raises UserError for a mistake of the user's, RankFailed if another rank failed, Stopped if a signal asked this run
-    to stop during the start, and AlreadyFinished if the run has no steps left. If anything is raised, all that was
-    opened is closed.
+    Raises UserError for a user error and if memory runs out, RankFailed if another rank failed, Stopped if a signal
+    asked this run to stop during the start, and AlreadyFinished if the run has no steps left. If anything is raised,
+    all that was opened is closed.
     """
     world = World.from_environment()
     watchdog = Watchdog(world.rank, world.size, stop, config.run.timeout, config.run.folder)
@@ -61,17 +62,17 @@ def start(config: Config, stop: StopFlag) -> Run:
 
 
 def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitStack) -> Run:
-    """The steps of `start`, in their order. What has to be closed is added to `resources`."""
+    """The stages of `start`, in their order. What has to be closed is added to `resources`."""
     if world.rank == 0:
         remove_requeue_file(config.run.folder)
     machine.keep_freed_memory()
-    store = _find_processes(config, world, watchdog)
+    store = _connect_store(config, world, watchdog)
 
     watchdog.mark("opening the corpus")
     if config.run.deterministic:
         machine.be_deterministic()
     device = devices.choose_device(config.run.device, world)
-    machine.choose_compile(config.train.compile, device)  # raises ConfigError, before anything is connected
+    machine.choose_compile(config.train.compile, device)  # raises ConfigError, before the process group is created
     threads = machine.set_threads(config.run.threads, world)
     corpus, tokenizer, loader, steps = open_corpus(config, world, device)
 
@@ -79,11 +80,11 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     rendezvous.connect(world, device, COLLECTIVE_TIMEOUT_FACTOR * config.run.timeout, store)
     resources.callback(rendezvous.disconnect)
 
-    watchdog.mark("locking the run's folder")
+    watchdog.mark("preparing the folder and weights")
     lock = lock_run_folder(config, world)
     if lock is not None:
         resources.callback(lock.release)
-    found, skipped = find_checkpoint(config, corpus, tokenizer)
+    found, skipped_checkpoints = find_checkpoint(config, corpus, tokenizer)
     raise_if_finished(config, found, steps)
     weights = load_initial_weights(config, tokenizer) if found is None else None
 
@@ -109,8 +110,8 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
         watchdog=watchdog,
     )
 
-    watchdog.mark("loading the checkpoint")
-    notes = load_state(run, found, skipped, threads, weights)
+    watchdog.mark("loading weights")
+    notes = load_state(run, found, skipped_checkpoints, threads, weights)
     prepare_folder(run, resumes=found is not None)
     notes += choose_kernels(run)
     log_start(run, notes, threads)
@@ -118,8 +119,8 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     resources.callback(run.saver.close)
 
     watchdog.mark("waiting for all ranks")
-    # Before `enter`, the watchdogs end a stopped run on all ranks; afterwards the steps do. No rank may enter before
-    # rank 0, which decides which of the two it is.
+    # Until `enter_steps`, the watchdogs end a stopped run; after it, the steps do. Rank 0 enters first, so all ranks
+    # agree which.
     if world.rank == 0:
         watchdog.enter_steps()
     collectives.broadcast(None)
@@ -127,13 +128,13 @@ def _prepare(config: Config, world: World, watchdog: Watchdog, resources: ExitSt
     return run
 
 
-def _find_processes(config: Config, world: World, watchdog: Watchdog) -> Any:
-    """Find the other processes of this start: the store that they share. Starts the watchdog, which uses it too."""
+def _connect_store(config: Config, world: World, watchdog: Watchdog) -> Any:
+    """Connect to the store shared by this launch's processes, start the watchdog on it, and return it."""
     try:
         store = rendezvous.join_store(world, config.run.timeout, lambda: watchdog.stop.requested and sibling_exited())
     except TimeoutError as error:
         raise RankFailed(str(error)) from None
-    prefix = f"watch/{next(_restart_count)}"
+    prefix = f"watch/{next(_launch_number)}"
     watchdog.start(None if store is None else rendezvous.second_connection(store, prefix))
     return store
 
@@ -197,7 +198,10 @@ def lock_run_folder(config: Config, world: World) -> RunLock | None:
         is_visible = lock_is_visible(folder, lock_id, VISIBILITY_TIMEOUT_S)
         host = collectives.first_error(None if is_visible else gethostname())
         if host is not None:
-            error = f"{folder}: {host} does not see the folder that rank 0 writes to; set run.dir= to a shared one"
+            error = (
+                f"{folder}: {host} does not see the folder that rank 0 writes to; "
+                "set run.dir to a folder that all hosts share"
+            )
     if error is not None:
         if lock is not None:
             lock.release()
@@ -206,7 +210,7 @@ def lock_run_folder(config: Config, world: World) -> RunLock | None:
 
 
 def load_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights | None:
-    """The weights that `train.init_from` names, None if it is not set. Raises UserError on all ranks, if on one."""
+    """The weights that `train.init_from` names, None if it is not set. If one rank fails, raises UserError on all."""
     if config.train.init_from is None:
         return None
     weights = None
@@ -224,9 +228,9 @@ def load_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
 def build(
     config: Config, world: World, device: torch.device, vocab_size: int, found: Checkpoint | None
 ) -> tuple[Transformer, torch.dtype]:
-    """This rank's part of the model, with initial weights, and the dtype of its matrix products."""
+    """This rank's shard of the model, with initial weights, and the dtype of its matrix multiplications."""
     previous = found.manifest["dtype"] if found and found.manifest["device"] == device.type else None
-    # all ranks use rank 0's choice, because `auto` may time a product, and ranks may measure different times
+    # Ranks could measure different times for `auto`, so rank 0 decides.
     chosen = machine.choose_dtype(config.train.dtype, device, config.model.dim, previous)
     dtype = getattr(torch, collectives.broadcast(dtype_name(chosen)))
     model = build_model(
@@ -244,7 +248,7 @@ def build(
 
 
 def load_state(
-    run: Run, found: Checkpoint | None, skipped: list[str], threads: int, weights: InitialWeights | None
+    run: Run, found: Checkpoint | None, skipped_checkpoints: list[str], threads: int, weights: InitialWeights | None
 ) -> list[str]:
     """Load the checkpoint, or the initial weights of a new run. Returns lines to log about them.
 
@@ -254,9 +258,9 @@ def load_state(
         loaded, more_skipped = load_checkpoint(found, run.model, run.optimizer)
         run.step = loaded.step
         run.tokens = loaded.manifest["tokens"]
-        run.skipped = loaded.manifest["skipped"]
+        run.skipped_steps = loaded.manifest["skipped"]
         run.scale = LossScale(**loaded.manifest["loss_scale"])
-        skipped_notes = [f"skipped checkpoint {reason}" for reason in [*skipped, *more_skipped]]
+        skipped_notes = [f"skipped checkpoint {reason}" for reason in [*skipped_checkpoints, *more_skipped]]
         return [f"resumed from step {run.step}", *skipped_notes, *resume_notes(loaded.manifest, run, threads)]
     if weights is not None:
         weights.fill(run.model)
@@ -273,7 +277,10 @@ def prepare_folder(run: Run, resumes: bool) -> None:
 
 
 def choose_kernels(run: Run) -> list[str]:
-    """Set the loss function of `train.liger`. Returns a line to log for each kernel that cannot be used here."""
+    """Set the loss function of `train.liger`, and report unavailable kernels (Liger, compile, FlexAttention).
+
+    Returns a line to log for each of them.
+    """
     config = run.config
     loss, loss_note = machine.choose_loss(config.train.liger, run.device)
     if loss is not None:
@@ -289,20 +296,20 @@ def log_start(run: Run, notes: list[str], threads: int) -> None:
     mesh_note = mesh.padding_warning(run.world, run.config.model, run.degrees)
     if mesh_note is not None:
         notes = [*notes, mesh_note]
-    for note in [*notes, describe(run, threads)]:
+    for note in [*notes, describe_run(run, threads)]:
         run.reporter.log(note)
     settings = {name: section.model_dump() for name, section in run.config.sections().items()}
     run.reporter.start(run.step, run.steps, settings)
 
 
-def describe(run: Run, threads: int) -> str:
+def describe_run(run: Run, threads: int) -> str:
     """The run in one line: parameters, processes, device, dtype, steps."""
     total, active = run.config.model.parameter_counts(run.tokenizer.vocab_size)
     d = run.degrees
-    layout = f"replicate {d.replicate} x shard {d.shard}, expert {d.expert}"
+    mesh_text = f"replicate {d.replicate} x shard {d.shard}, expert {d.expert}"
     return (
         f"{run.folder}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active per token; "
-        f"{plural(run.world.size, 'process')} on {run.device.type} ({layout}), "
+        f"{plural(run.world.size, 'process')} on {run.device.type} ({mesh_text}), "
         f"{plural(threads, 'thread')} each, {dtype_name(run.dtype)}; "
         f"{run.steps} steps of {run.config.train.global_batch_size} x {run.config.data.seq_len} tokens"
     )
@@ -328,13 +335,13 @@ def make_saver(run: Run, lock: RunLock | None) -> Saver:
     )
     saver.newest = run.step
     reason = None if saver.staging is None else saver.staging.page_lock_error
-    line = not_locked(collectives.gather(reason, saver.group))
+    line = page_lock_note(collectives.gather(reason, saver.group))
     if line is not None:
         run.reporter.log(line)
     return saver
 
 
-def not_locked(reasons: list[str | None]) -> str | None:
+def page_lock_note(reasons: list[str | None]) -> str | None:
     """The line to log if the staging memory of some rank could not be page-locked.
 
     reasons: why not, for each rank, or None if it could.

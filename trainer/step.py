@@ -1,7 +1,9 @@
 """One optimizer step: from a batch of the loader to updated weights and a line of metrics.
 
-1. Each micro-batch runs forward and backward; gradients are reduced over the ranks in the last backward.
-2. One all-reduce sums what all ranks must agree on: the gradient norm, the loss, the experts' loads, requests to stop.
+1. Each micro-batch runs forward and backward; gradients are reduced over the ranks in the last backward,
+   or with train.reduce=every in each.
+2. The gradients of the routers are summed over the ranks. Then one all-reduce sums what all ranks must agree on: the
+   gradient norm, the loss, the experts' loads, requests to stop.
 3. Gradients are clipped, AdamW updates the weights, and the balance biases of the routers move.
 
 The step marks its phases in `run.watchdog`, which can then name the rank that hangs, and those that wait for it.
@@ -58,7 +60,7 @@ def train_step(run: Run, batch: Step) -> StepResult:
     rate = learning_rate(run.config.train, run.step, run.steps)
     is_finite = math.isfinite(norm) and math.isfinite(totals.loss)
     if is_finite:
-        run.skipped = 0
+        run.skipped_steps = 0
         log_spike(run, totals.loss)
         update(run, norm, rate, totals.loads)
     else:
@@ -76,11 +78,11 @@ def train_step(run: Run, batch: Step) -> StepResult:
 
 
 def forward_backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the mean loss over the global batch, times the loss scale.
+    """Accumulates the gradients of the mean loss over the global batch, times the loss scale.
 
-    Returns this rank's part of that loss (scalar), its loads (MoE layers, E) and its routers' statistics
-    (MoE layers, 3). Only here is anything divided: the loss of each micro-batch, which is a sum over its targets, by
-    the number of real tokens of all ranks.
+    Returns this rank's contribution to that loss (scalar), its loads (MoE layers, E) and its routers' statistics
+    (MoE layers, 3). The loss is normalized only here: that of each micro-batch, which is a sum over its targets, is
+    divided by the number of real tokens of all ranks.
     """
     config = run.config
     global_tokens = max(1, batch.real_tokens)
@@ -88,7 +90,7 @@ def forward_backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     loads: Tensor | int = 0
     statistics: Tensor | int = 0
     if config.model.attention_dropout:
-        # fused attention accepts no keys, so that its dropout is the same on the same mesh only
+        # Fused attention takes no random keys, so its dropout is reproducible only on the same mesh.
         torch.manual_seed(place_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
     run.watchdog.mark("forward", run.step + 1)
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
@@ -124,7 +126,9 @@ def load_shares(run: Run, batch: Step) -> Tensor:
     """(MoE layers, E): each expert's share of the load of this step's global batch.
 
     The auxiliary loss of each micro-batch needs the shares of the whole global batch, which are known only when every
-    micro-batch of every rank has been routed. So all of them run forward once more, before the first backward.
+    micro-batch of every rank has been routed. So all of them run forward once more, before the first backward. With
+    model.attention_dropout this forward draws other random numbers than the one with gradients, so that its shares can
+    differ slightly from those of the forward with gradients.
     """
     loads = sum(forward(run, micro_batch).loads for micro_batch in batch.micro_batches)
     assert isinstance(loads, Tensor)
@@ -133,7 +137,10 @@ def load_shares(run: Run, batch: Step) -> Tensor:
 
 
 def reduce_totals(run: Run, loss: Tensor, loads: Tensor, statistics: Tensor) -> Totals:
-    """Sum over all ranks, in one all-reduce, what `forward_backward` returned, the gradient norm and the requests."""
+    """Sums the router gradients in place, then all totals in one all-reduce.
+
+    The totals are what `forward_backward` returned, the gradient norm and the requests.
+    """
     gradients.sum_replicated(run.model)
     squared_norm = gradients.sum_of_squares(run.model, run.config.parallel.replicate)
     is_ready = run.saver is not None and run.saver.ready
@@ -174,24 +181,24 @@ def update(run: Run, norm: float, rate: float, loads: Tensor) -> None:
 
 
 def skip(run: Run, loss: float, norm: float) -> None:
-    """Log that this step changes nothing, because its loss or its gradient is not finite.
+    """Log and count a skipped step, which changes nothing because its loss or its gradient is not finite.
 
     While fp16 searches for the largest loss scale that works, infinite gradients are expected and do not count.
     """
     if run.scale.can_fall and math.isfinite(loss):
         run.reporter.event(run.step + 1, "loss scale", was=run.scale.value)
         return
-    run.skipped += 1
+    run.skipped_steps += 1
     run.reporter.event(run.step + 1, "skipped", loss=str(loss), grad_norm=str(norm))
     run.reporter.log(f"step {run.step + 1}: loss {loss}, gradient norm {norm}: skipped on all ranks")
 
 
 def log_spike(run: Run, loss: float) -> None:
     """Log a jump of the loss. Nothing else is done about it."""
-    usual = run.spikes.usual(loss)
-    if usual is not None:
-        run.reporter.event(run.step + 1, "spike", loss=loss, usual=usual)
-        run.reporter.log(f"step {run.step + 1}: loss spike: {loss:.3f}, after a median of {usual:.3f}")
+    median = run.spikes.median_if_spike(loss)
+    if median is not None:
+        run.reporter.event(run.step + 1, "spike", loss=loss, usual=median)
+        run.reporter.log(f"step {run.step + 1}: loss spike: {loss:.3f}, after a median of {median:.3f}")
 
 
 @torch.no_grad()
@@ -207,13 +214,13 @@ def move_biases(model: Transformer, loads: Tensor, rate: float) -> None:
 
 
 def first_fading_step(config: ModelConfig, steps: int) -> int:
-    """The first step (from 0) of a run of `steps` in which the biases fade to zero, and no longer balance the load."""
+    """The first step (from 0) of a run of `steps` steps in which the biases fade, and no longer balance the load."""
     return steps if config.balance_until is None else int(config.balance_until * steps)
 
 
 @torch.no_grad()
 def fade_biases(model: Transformer, step: int, steps: int) -> None:
-    """Move the biases linearly to zero, which they reach in the last step; `step` (from 0) of `steps`."""
+    """Move the biases linearly to zero, which they reach in the last step; `step` (from 0) of `steps` steps."""
     for module in model.modules():
         if isinstance(module, Router):
             module.bias *= (steps - step - 1) / (steps - step)

@@ -118,7 +118,7 @@ def run_with_nonfinite_steps(
             {
                 "step": run.step,
                 "moved": not all(is_equal),
-                "skipped": run.skipped,
+                "skipped": run.skipped_steps,
                 "tokens": run.tokens,
                 "scale": run.scale.value,
             }

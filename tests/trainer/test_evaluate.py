@@ -14,7 +14,7 @@ from parallel.mesh import World
 from tests.support import run_cases as cases
 from trainer.checkpoint.load import load_model, place
 from trainer.evaluate import main
-from trainer.evaluation import describe, evaluate
+from trainer.evaluation import describe_evaluation, evaluate
 from trainer.generate import Sampling, generate
 
 
@@ -83,7 +83,7 @@ def test_the_command_ends_with_one_json_object(run, capsys):
 
 def test_a_cut_is_described_and_wrong_flags_are_refused(run):
     line = {"split": "train", "loss": 2.0, "floor": None, "bits_per_byte": 0.5, "stories": 1200, "cut": 3400}
-    assert describe(line) == (
+    assert describe_evaluation(line) == (
         "train loss 2.0000 nats per token, 0.500 bits per byte, on 1,200 stories "
         "(3,400 tokens beyond data.seq_len were cut)"
     )

@@ -80,7 +80,7 @@ def test_plan_has_memory_parts_and_the_peak_of_a_gpu(monkeypatch):
     assert gib == pytest.approx(memory.total / 2**30, abs=0.03)
     assert lines[-1].startswith("not counted by torch's allocator: about 1 to 1.5 GiB")
     assert len(dryrun.memory_table(memory, torch.device("cpu"), bf16)) == len(lines) - 1
-    monkeypatch.setattr(machine, "describe", lambda device: "NVIDIA L4")
+    monkeypatch.setattr(machine, "describe_device", lambda device: "NVIDIA L4")
     monkeypatch.setattr(devices, "peak_flops", lambda device, dtype: devices.peak_flops_of("NVIDIA L4", dtype))
     config = read_config("launch/scout.yaml")
     step = dryrun.compute(config, 32000, 262144, gpu, bf16)

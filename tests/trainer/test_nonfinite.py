@@ -56,7 +56,7 @@ def test_too_many_skipped_steps_end_the_run(corpus_dir, tmp_path, limit):
     error = steps.pop()["error"]
     assert len(steps) == 3 + limit
     assert error.startswith(f"train.max_skipped={limit}: {limit} consecutive steps had no finite gradient; ")
-    assert "lower train.max_lr" in error and "resume from step 3 " in error
+    assert "lower train.max_lr" in error and "resumes from step 3" in error
     assert saved_steps(tmp_path / "nan") == [3]
     assert cases.run(corpus_dir, tmp_path, *more) == 0  # without the faults the run continues
     assert len(cases.losses(tmp_path / "nan")) == 20

@@ -1,1 +1,1 @@
-"""Checkpoints: their folder and manifest, the layout of tensors in files, writing and reading."""
+"""Checkpoints: their folder and manifest, the file layout of their tensors, writing and reading."""

@@ -1,7 +1,7 @@
 """The folder of a checkpoint: safetensors, a JSON manifest, and an atomic rename.
 
 A checkpoint is a folder such as `checkpoints/step-00000400/`. It holds `manifest.json`, `tokenizer.model`, and the
-tensors by name (weights, balance biases, `optim.exp_avg.NAME` and so on) in their global shapes, so that any number of
+tensors by name (weights, balance biases, `optim.KEY.PARAMETER`) in their global shapes, so that any number of
 ranks can load them. All ranks write it under another name, flush it and read it back; then rank 0 renames it. So a
 folder that has the name of a checkpoint is complete. A checksum covers every byte, and is verified before the byte is
 used. No pickle is written or read.
@@ -52,15 +52,15 @@ def newest_checkpoint(folder: Path, below: int | None = None) -> tuple[Checkpoin
 
     Usable means that its manifest is intact and that its files exist with their sizes; their content is not read yet.
     """
-    skipped: list[str] = []
+    skipped_checkpoints: list[str] = []
     paths = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
     for path in sorted(paths, reverse=True):
         if below is None or int(path.name.removeprefix("step-")) < below:
             try:
-                return open_checkpoint(path), skipped
+                return open_checkpoint(path), skipped_checkpoints
             except Damaged as error:
-                skipped.append(f"{path.name}: {error}")
-    return None, skipped
+                skipped_checkpoints.append(f"{path.name}: {error}")
+    return None, skipped_checkpoints
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -111,19 +111,19 @@ def resolve_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
             return open_checkpoint(path), []
         except Damaged as error:
             raise UserError(f"--checkpoint {path}: {error}") from None
-    found, skipped = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    found, skipped_checkpoints = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
         problem = "no complete checkpoint in this folder" if path.is_dir() else "no such folder"
-        if skipped:
-            problem += f" ({'; '.join(skipped)})"
+        if skipped_checkpoints:
+            problem += f" ({'; '.join(skipped_checkpoints)})"
         raise UserError(f"--checkpoint {path}: {problem}; give a run folder, such as runs/tiny, or a checkpoint folder")
-    return found, skipped
+    return found, skipped_checkpoints
 
 
-def no_usable_checkpoint(folder: Path, skipped: Sequence[str]) -> str:
+def no_usable_checkpoint(folder: Path, skipped_checkpoints: Sequence[str]) -> str:
     """The error message for a folder in which every checkpoint was skipped."""
     return (
-        f"{folder}: no checkpoint in this folder can be used ({'; '.join(skipped)}); "
+        f"{folder}: no checkpoint in this folder can be used ({'; '.join(skipped_checkpoints)}); "
         "move the folder away to start again at step 0, or choose another run.name="
     )
 

@@ -1,7 +1,7 @@
 """Which rank writes which bytes of a checkpoint, and which bytes a rank reads back into its tensors.
 
 Files are safetensors, and tensors keep their global shapes. torch.distributed.checkpoint (DCP) plans which rank writes
-which part of a tensor, and which stored parts a rank needs for its own part: so a checkpoint written on one mesh can be
+which chunk of a tensor, and which stored chunks a rank needs for its own: so a checkpoint written on one mesh can be
 read on any other. `block_io` reads and writes the bytes.
 
 1. `make_plan` runs once in a run. Each rank writes one file: a header, weights, and the optimizer's state.
@@ -43,8 +43,8 @@ WINDOW_BLOCKS = 8  # read from a file at once
 ALIGNMENT_BYTES = 64  # the data of a file starts at a multiple of this
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
-# Each tensor's dtype, global shape, and parts. A part is a list of four: the rank whose file holds it, its first byte
-# in that file, its offsets in the tensor, and its shape.
+# Each tensor's dtype, global shape, and chunks, under the key "parts". A chunk is a list of four: the rank whose file
+# holds it, its first byte in that file, its offsets in the tensor, and its shape.
 Table = dict[str, Any]
 
 
@@ -63,7 +63,7 @@ def file_name(rank: int) -> str:
 
 
 def make_plan(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> ShardPlan:
-    """Divide the tensors between the ranks; one rank writes a part that several hold. Called on all ranks together."""
+    """Divide the tensors between the ranks; one rank writes a chunk that several hold. Called on all ranks together."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=collectives.rank() == 0)
     plan = planner.create_local_plan()
@@ -110,12 +110,12 @@ class ShardSource:
     def __init__(self, plan: ShardPlan, tensors: Mapping[str, Tensor]) -> None:
         self.size = plan.size
         self._starts = [0, *plan.starts.values()]
-        self._parts = [torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)]
+        self._tensors = [torch.frombuffer(bytearray(plan.header), dtype=torch.uint8)]
         for name in plan.starts:
-            part = to_local(tensors[name])
-            assert part.is_contiguous(), name  # otherwise its bytes would be those of a copy
-            self._parts.append(part.reshape(-1).view(torch.uint8))
-        self.device = self._parts[-1].device
+            local = to_local(tensors[name])
+            assert local.is_contiguous(), name  # otherwise its bytes would be those of a copy
+            self._tensors.append(local.reshape(-1).view(torch.uint8))
+        self.device = self._tensors[-1].device
         self._buffers = ThreadBuffers()
 
     def copy(self, start: int, out: Tensor) -> None:
@@ -123,10 +123,10 @@ class ShardSource:
         position, stop = start, min(start + len(out), self.size)
         number = bisect_right(self._starts, start) - 1
         while position < stop:
-            part_start, part = self._starts[number], self._parts[number]
-            until = min(stop, part_start + len(part))
+            tensor_start, tensor = self._starts[number], self._tensors[number]
+            until = min(stop, tensor_start + len(tensor))
             target = out[position - start : until - start]
-            source = part[position - part_start : until - part_start]
+            source = tensor[position - tensor_start : until - tensor_start]
             if source.device.type == "cpu":  # torch would start a team of threads for each thread that copies
                 np.copyto(target.numpy(), source.numpy())
             else:
@@ -209,12 +209,12 @@ class StagingBuffer:
 
 @dataclass
 class Region:
-    """A box of a stored part that spans at most one block's number of bytes, and the tensor to copy it into."""
+    """A box of a stored chunk that spans at most one block's number of bytes, and the tensor to copy it into."""
 
     start: int  # byte of the file
     stop: int
     dtype: torch.dtype
-    strides: tuple[int, ...]  # of the stored part, in elements
+    strides: tuple[int, ...]  # of the stored chunk, in elements
     target: Tensor
 
 
@@ -240,8 +240,8 @@ def read(folder: Path, files: Mapping[str, FileChecksums], table: Table, tensors
         content = torch.frombuffer(buffers.get(), dtype=torch.uint8)
         base = first * BLOCK_BYTES
         for region in window:
-            part = content[region.start - base : region.stop - base].view(region.dtype)
-            region.target.copy_(part.as_strided(region.target.shape, region.strides))
+            elements = content[region.start - base : region.stop - base].view(region.dtype)
+            region.target.copy_(elements.as_strided(region.target.shape, region.strides))
 
     work = WorkItems(fill, jobs)
     with ThreadPoolExecutor(1) as helper:
@@ -275,9 +275,9 @@ def _needed_regions(table: Table, tensors: Mapping[str, Tensor]) -> dict[int, li
 def _regions(
     start: int, shape: Sequence[int], offsets: Sequence[int], target: Tensor, dtype: torch.dtype
 ) -> Iterator[Region]:
-    """Cut a box of a stored part into regions of at most BLOCK_BYTES.
+    """Cut a box of a stored chunk into regions of at most BLOCK_BYTES.
 
-    The part has `shape` and begins at byte `start` of its file; the box is at `offsets` and has the shape of `target`.
+    The chunk has `shape` and begins at byte `start` of its file; the box is at `offsets` and has the shape of `target`.
     """
     if not target.numel():
         return

@@ -43,7 +43,7 @@ def load_checkpoint(
     why it was skipped. Raises UserError if none can be used, or if the checkpoint is one of another model.
     """
     targets = checkpoint_tensors(model, optimizer)
-    skipped: list[str] = []
+    skipped_checkpoints: list[str] = []
     current: Checkpoint | None = checkpoint
     while current is not None:
         problem = None
@@ -57,14 +57,14 @@ def load_checkpoint(
             problem = str(error) or type(error).__name__
         problem = collectives.first_error(problem)
         if problem is None:
-            return current, skipped
-        skipped.append(f"{current.path.name}: {problem}")
+            return current, skipped_checkpoints
+        skipped_checkpoints.append(f"{current.path.name}: {problem}")
         older: tuple[Checkpoint | None, list[str]] = (None, [])
         if others and collectives.rank() == 0:
             older = newest_checkpoint(current.path.parent, current.step)
         current, more = collectives.broadcast(older)
-        skipped += more
-    raise UserError(no_usable_checkpoint(checkpoint.path.parent, skipped))
+        skipped_checkpoints += more
+    raise UserError(no_usable_checkpoint(checkpoint.path.parent, skipped_checkpoints))
 
 
 def _check_shapes(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
@@ -87,14 +87,14 @@ def load_model(path: Path, requested: str = "cpu") -> tuple[Transformer, Tokeniz
     requested: the device, `auto`, `cpu` or `cuda`. On a CPU the model computes in fp32, on a GPU in
     `machine.inference_dtype`. Logs the checkpoint, and each newer one that was skipped, on stderr. Raises UserError.
     """
-    found, skipped = resolve_checkpoint(path)
+    found, skipped_checkpoints = resolve_checkpoint(path)
     manifest = found.manifest
     sections = {name: check(kind, name, manifest["config"][name]) for name, kind in SECTION_TYPES.items()}
     config = Config(**sections)
     cpu = torch.device("cpu")
     model = build_model(config.model, manifest["vocab_size"], config.train.seed, cpu, torch.float32, None)
     found, more = load_checkpoint(found, model, others=found.path != path)
-    for reason in [*skipped, *more]:
+    for reason in [*skipped_checkpoints, *more]:
         print(f"skipped checkpoint {reason}", file=sys.stderr)
     tokenizer = Tokenizer(found.path / TOKENIZER)
     device = devices.device_with_room(requested, sum(p.numel() for p in model.parameters()))

@@ -118,7 +118,7 @@ class Saver:
 
     @property
     def ready(self) -> bool:
-        """Whether `poll` has something to do: this rank has written its file, or rank 0 the manifest, or failed."""
+        """Whether this rank's current stage (write, or publish on rank 0) is done, successfully or not."""
         if self.pending is None:
             return False
         if self.pending.published is None:

@@ -8,7 +8,7 @@ class RunEnded(Exception):
 
 
 class AlreadyFinished(RunEnded):
-    """An earlier start of this run did its last step. The message names the folder, and says how to continue."""
+    """An earlier launch of this run did its last step. The message names the folder, and says how to continue."""
 
 
 class Stopped(RunEnded):
@@ -29,6 +29,8 @@ class RankFailed(Exception):
 
 def memory_error(error: BaseException, phase: str, step: int, micro_batch_size: int, seq_len: int) -> UserError | None:
     """A UserError that names the settings to lower, if `error` means that memory ran out; otherwise None.
+
+    It is a UserError although it need not be a user error, because a restart with the same settings would not help.
 
     phase, step: where it happened; step 0 is before the first step.
     """

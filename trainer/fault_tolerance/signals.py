@@ -33,8 +33,8 @@ class StopFlag:
 
     requested = False
     requeue = False
-    # Set when this start has done a step. If the time limit of a job ends before that, to requeue the job would repeat
-    # the same start without end.
+    # Set when this launch of the workers has done a step. If the time limit of a job ends before that, to requeue the
+    # job would repeat the same launch without end.
     step_done = False
 
     def listen(self) -> "StopFlag":
@@ -115,6 +115,6 @@ def write_requeue_file(folder: Path, step: int) -> None:
 
 
 def remove_requeue_file(folder: Path) -> None:
-    """Remove `requeue` from a run folder, as each start of the run does."""
+    """Remove `requeue` from a run folder, as each launch of the workers does."""
     with contextlib.suppress(OSError):
         (folder / REQUEUE).unlink()

@@ -1,4 +1,4 @@
-"""The watchdog of a rank: it notices that a rank hangs, failed or died, and ends the run with a line that says which.
+"""The watchdog of a rank: it notices that a rank hangs, fails or dies, and ends the run with a line that names it.
 
 The main thread marks where it is (`Watchdog.mark`). A second thread writes that to the key-value store of the run's
 processes, and reads what the other ranks wrote. It uses no collective, because collectives are what hangs, and it never
@@ -114,7 +114,7 @@ class Watchdog:
             raise self._ended
 
     def start(self, store: "Store | None") -> None:
-        """Start to watch, through a store that only the ranks of this start of the run use."""
+        """Start to watch, through a store that only the ranks of this launch of the workers use."""
         self._store = store
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -273,7 +273,7 @@ class Watchdog:
 
     def _describe_failure(self, failure: dict[str, Any]) -> tuple[str, int]:
         """The line and the exit code for a failure that another rank wrote to the store."""
-        if failure["code"] == 2:  # a mistake of the user: rank 0 prints it, once
+        if failure["code"] == 2:  # a UserError: rank 0 prints it, once
             return (f"rank {failure['rank']}: {failure['error']}" if self.rank == 0 else ""), 2
         return f"rank {failure['rank']} failed: {failure['error']} ({failure['place']})", failure["code"]
 
@@ -371,10 +371,10 @@ def describe_ranks(ranks: dict[int, Progress], unresponsive: list[int], absent: 
         if rank in unresponsive:
             place += ", not responding"
         groups.setdefault(("behind" if rank in behind else "waiting", place), []).append(rank)
-    parts = [f"{state}: {_format_ranks(group)} ({place})" for (state, place), group in sorted(groups.items())]
+    lines = [f"{state}: {_format_ranks(group)} ({place})" for (state, place), group in sorted(groups.items())]
     if not behind and not absent:
-        parts.insert(0, "no rank is behind")
-    return "; ".join(parts)
+        lines.insert(0, "no rank is behind")
+    return "; ".join(lines)
 
 
 def _format_ranks(ranks: list[int]) -> str:

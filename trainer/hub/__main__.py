@@ -18,7 +18,7 @@ def parse_size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m trainer.hub", description="To and from the Hugging Face layout.")
+    parser = Parser("python -m trainer.hub", description="To and from the Hugging Face format.")
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="write a checkpoint as a folder that transformers loads")
     add_checkpoint(out)

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder in the Hugging Face layout: the command `python -m trainer.hub export`.
+"""Writes a checkpoint as a folder in the Hugging Face format: the command `python -m trainer.hub export`.
 
 Tensors are read and written one at a time, whatever mesh wrote the checkpoint. The result is plain Llama 4 if Llama 4
 can express the model. Otherwise a small modelling file is added (`modeling_llama4_biased.py`), and the command prints
@@ -44,8 +44,8 @@ class CheckpointWeights:
     """
 
     def __init__(self, path: Path) -> None:
-        checkpoint, skipped = resolve_checkpoint(path)
-        for reason in skipped:
+        checkpoint, skipped_checkpoints = resolve_checkpoint(path)
+        for reason in skipped_checkpoints:
             print(f"skipped checkpoint {reason}", file=sys.stderr)
         self.path, self.manifest = checkpoint.path, checkpoint.manifest
         self.config: ModelConfig = check(ModelConfig, "model", self.manifest["config"]["model"])
@@ -74,17 +74,17 @@ class CheckpointWeights:
         return tensor
 
     def not_expressible(self) -> list[str]:
-        """The parts of the model that plain Llama 4 cannot express."""
+        """The features of the model that plain Llama 4 cannot express."""
         config = self.config
-        parts = []
+        features = []
         biases = (self.read(f"blocks.{layer}.feed_forward.router.bias") for layer in config.moe_layers)
         if any(bool(bias.any()) for bias in biases):
-            parts.append(BALANCE_BIAS)
+            features.append(BALANCE_BIAS)
         if config.moe_layers and config.noisy_top_k:
-            parts.append("the noise matrices of noisy_top_k")
+            features.append("the noise matrices of noisy_top_k")
         if config.moe_layers and not config.shared_expert:
-            parts.append("layers without a shared expert")
-        return parts
+            features.append("layers without a shared expert")
+        return features
 
 
 def export(
@@ -140,8 +140,8 @@ def _write(weights: CheckpointWeights, folder: Path, dtype: str, max_bytes: int,
     """Write all files of an export into `folder`. Returns what was written, in words."""
     config, vocab_size = weights.config, weights.vocab_size
     tokenizer = Tokenizer(weights.path / TOKENIZER)
-    slices = [part for part in tensor_slices(config, vocab_size) if part.is_plain or not plain]
-    tensors = [ShardTensor(part.hf_name, _stored_dtype(part, dtype), part.shape) for part in slices]
+    slices = [entry for entry in tensor_slices(config, vocab_size) if entry.is_plain or not plain]
+    tensors = [ShardTensor(entry.hf_name, _stored_dtype(entry, dtype), entry.shape) for entry in slices]
     n_files = write_shards(folder, tensors, _read_slices(weights, slices), max_bytes)
     write_json(folder / CONFIG_FILE, to_hf_config(config, vocab_size, tokenizer.bos, tokenizer.eos, dtype, plain))
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
@@ -161,19 +161,19 @@ def _write(weights: CheckpointWeights, folder: Path, dtype: str, max_bytes: int,
     return written
 
 
-def _stored_dtype(part: TensorSlice, dtype: str) -> torch.dtype:
+def _stored_dtype(entry: TensorSlice, dtype: str) -> torch.dtype:
     """fp32 for the balance bias, which is exact in every export: modeling_llama4_biased.py keeps it in fp32 too."""
-    if part.hf_name.endswith("_bias"):
+    if entry.hf_name.endswith("_bias"):
         return torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
 def _read_slices(weights: CheckpointWeights, slices: Sequence[TensorSlice]) -> Iterator[tuple[str, Tensor]]:
-    """(name in the Hugging Face layout, tensor) of each slice; one of our tensors is in memory at a time."""
-    for name, parts in groupby(slices, key=lambda part: part.name):
+    """(name in the Hugging Face format, tensor) of each slice; one of our tensors is in memory at a time."""
+    for name, group in groupby(slices, key=lambda entry: entry.name):
         tensor = weights.read(name)
-        for part in parts:
-            yield part.hf_name, tensor[part.start : part.stop]
+        for entry in group:
+            yield entry.hf_name, tensor[entry.start : entry.stop]
         del tensor  # frees it before the next one is read
 
 

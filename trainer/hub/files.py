@@ -1,10 +1,10 @@
-"""Folders in the Hugging Face layout: config.json, and safetensors in one file or in several files with an index.
+"""Folders in the Hugging Face format: config.json, and safetensors in one file or in several files with an index.
 
 `importer.py` reads such folders with `Folder`, and `export.py` writes them with `write_shards`.
 
 Reading trusts nothing. The index may name only plain files inside the folder, safetensors checks the header of each
 file before any tensor is read, shapes are known before memory is allocated, and neither code nor pickles are ever
-opened. Writing holds one part of one tensor at a time.
+opened. Writing holds one chunk of one tensor at a time.
 """
 
 import json
@@ -29,7 +29,7 @@ WRITE_BYTES = 1 << 24  # converted and written at a time
 
 
 class Folder:
-    """A folder in the Hugging Face layout, opened for reading.
+    """A folder in the Hugging Face format, opened for reading.
 
     `config` is the content of its config.json; `shapes` and `dtypes` describe its tensors by name. Raises UserError if
     a file is missing or is not what it should be.
@@ -84,7 +84,7 @@ class Folder:
         return path
 
     def read(self, name: str, window: Window) -> Tensor:
-        """The part of a tensor that `window` gives as (start, stop) in each dimension."""
+        """The rows and columns of a tensor that `window` gives as (start, stop) in each dimension."""
         return self._files[name].get_slice(name)[tuple(slice(start, stop) for start, stop in window)]
 
 
@@ -129,7 +129,7 @@ class _File:
     def size(self) -> int:
         return sum(entry.size for entry in self.entries)
 
-    def layout(self) -> tuple[bytes, dict[str, int]]:
+    def header(self) -> tuple[bytes, dict[str, int]]:
         """The header of the file, and the byte at which each tensor begins."""
         entries = (TensorEntry(entry.name, entry.dtype, entry.shape) for entry in self.entries)
         header = make_header(entries, alignment=8)
@@ -153,7 +153,7 @@ def write_shards(
     weight_map = {}
     for number, file in enumerate(files, start=1):
         file_name = SINGLE_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        header, places = file.layout()
+        header, places = file.header()
         with (folder / file_name).open("wb") as out:
             out.write(header)
             out.truncate(len(header) + file.size)
@@ -161,9 +161,9 @@ def write_shards(
                 name, tensor = next(remaining)
                 assert (name, tuple(tensor.shape)) == (entry.name, entry.shape), (name, entry)
                 out.seek(places[name])
-                for part in _parts(tensor):
-                    out.write(part.to(entry.dtype).view(torch.uint8).numpy().data)
-                del tensor, part  # frees this tensor before the next one is read
+                for chunk in _chunks(tensor):
+                    out.write(chunk.to(entry.dtype).view(torch.uint8).numpy().data)
+                del tensor, chunk  # frees this tensor before the next one is read
                 weight_map[name] = file_name
     assert next(remaining, None) is None
     if len(files) > 1:
@@ -172,6 +172,6 @@ def write_shards(
     return len(files)
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor as flat parts of WRITE_BYTES bytes."""
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor as flat chunks of WRITE_BYTES bytes."""
     return iter(tensor.contiguous().flatten().split(WRITE_BYTES // tensor.dtype.itemsize))

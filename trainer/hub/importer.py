@@ -1,8 +1,8 @@
-"""Reads the weights of a folder in the Hugging Face layout, or of a checkpoint, into a model on any mesh.
+"""Reads the weights of a folder in the Hugging Face format, or of a checkpoint, into a model on any mesh.
 
 `initial_weights` serves `train.init_from`: a new run starts with weights that exist. `import_folder` is the command
 `python -m trainer.hub import`, which converts a folder to a checkpoint in one process. Both compare names and shapes
-with config.json before they allocate memory; then each rank reads only its own part.
+with config.json before they allocate memory; then each rank reads only its own shard.
 """
 
 import os
@@ -40,7 +40,7 @@ class InitialWeights:
 
 
 def initial_weights(source: str, config: ModelConfig, vocab_size: int) -> InitialWeights:
-    """The weights that `train.init_from=source` names: a folder in the Hugging Face layout, a checkpoint, or a run.
+    """The weights that `train.init_from=source` names: a folder in the Hugging Face format, a checkpoint, or a run.
 
     Of a run it is the newest checkpoint. Raises UserError if there is none, or if a model of `config` and `vocab_size`
     has tensors of other shapes.
@@ -80,7 +80,7 @@ def _checkpoint_weights(path: Path) -> tuple[ModelConfig, int, Callable[[Transfo
 
 
 class HFCheckpoint:
-    """The weights of a folder in the Hugging Face layout, and the model that its config.json describes.
+    """The weights of a folder in the Hugging Face format, and the model that its config.json describes.
 
     Raises UserError if the tensors are not those of that model.
     """
@@ -93,19 +93,19 @@ class HFCheckpoint:
         check_tensors(self.folder, self.model, self.vocab_size, self.prefix)
 
     def fill(self, model: Transformer) -> None:
-        """Copy the weights into a model of these shapes, on any mesh: each rank reads the part that it holds."""
+        """Copy the weights into a model of these shapes, on any mesh: each rank reads the shard that it holds."""
         live = checkpoint_tensors(model)
-        for name, slices in groupby(tensor_slices(self.model, self.vocab_size), key=lambda part: part.name):
+        for name, slices in groupby(tensor_slices(self.model, self.vocab_size), key=lambda entry: entry.name):
             local, ((first, stop), *other_dims) = to_local_with_window(
                 live[name]
             )  # this rank holds the rows `first` up to `stop`
-            for part in slices:
-                start, end = max(first, part.start), min(stop, part.stop)  # of these, the rows of the slice
+            for entry in slices:
+                start, end = max(first, entry.start), min(stop, entry.stop)  # of these, the rows of the slice
                 if start >= end or not local.numel():
                     continue
-                rows, hf_name = local[start - first : end - first], self.prefix + part.hf_name
+                rows, hf_name = local[start - first : end - first], self.prefix + entry.hf_name
                 if hf_name in self.folder.shapes:
-                    hf_rows = (start - part.start, end - part.start)
+                    hf_rows = (start - entry.start, end - entry.start)
                     rows.copy_(self.folder.read(hf_name, [hf_rows, *other_dims]))
                 else:
                     rows.zero_()  # the balance bias, which plain Llama 4 does not have
@@ -116,14 +116,14 @@ def check_tensors(folder: Folder, config: ModelConfig, vocab_size: int, prefix: 
 
     Only names that begin with `prefix` are compared.
     """
-    expected = {prefix + part.hf_name: part for part in tensor_slices(config, vocab_size)}
-    for name, part in expected.items():
+    expected = {prefix + entry.hf_name: entry for entry in tensor_slices(config, vocab_size)}
+    for name, entry in expected.items():
         if name not in folder.shapes:
-            if part.hf_name.endswith("balance_bias"):
+            if entry.hf_name.endswith("balance_bias"):
                 continue  # plain Llama 4 does not have it
             raise UserError(f"{folder.path}: tensor {name} is missing")
-        if folder.shapes[name] != part.shape:
-            shapes = f"has shape {folder.shapes[name]}, but {CONFIG_FILE} requires {part.shape}"
+        if folder.shapes[name] != entry.shape:
+            shapes = f"has shape {folder.shapes[name]}, but {CONFIG_FILE} requires {entry.shape}"
             raise UserError(f"{folder.path}: tensor {name} {shapes}")
         if folder.dtypes[name] not in FLOAT_DTYPES:
             dtypes = f"has dtype {folder.dtypes[name]}; weights must have one of {', '.join(FLOAT_DTYPES)}"
@@ -154,7 +154,7 @@ def import_folder(source: Path, out: Path, tokenizer_path: Path | None) -> None:
     if free is not None and needed > free:
         raise UserError(
             f"{source}: needs {needed:,} bytes of memory, but only {free:,} are free; instead, start a run with "
-            f"train.init_from={source}, in which each process reads only its part"
+            f"train.init_from={source}, in which each process reads only its shard"
         )
     with torch.device("meta"):
         model = Transformer(folder.model, folder.vocab_size)

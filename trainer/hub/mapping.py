@@ -1,7 +1,7 @@
-"""How our model maps to the Hugging Face layout of Llama 4: the keys of config.json, and the names of tensors.
+"""How our model maps to the Hugging Face format of Llama 4: the keys of config.json, and the names of tensors.
 
 `to_hf_config` and `from_hf_config` convert the settings. `tensor_slices` lists the tensors: each tensor of the Hugging
-Face layout is a run of rows of one of ours, so no tensor is ever transposed or permuted. Our fused `wqkv` is `q_proj`,
+Face format is a run of rows of one of ours, so no tensor is ever transposed or permuted. Our fused `wqkv` is `q_proj`,
 `k_proj` and `v_proj`, one below the other; our `gate_up` is `gate_proj` and `up_proj`. Both sides fuse the experts of a
 layer in the same way, and in both RoPE rotates the same pairs. `export.py` and `importer.py` use these functions.
 
@@ -100,7 +100,7 @@ MAX_VOCAB_SIZE = 1 << 24
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows of one of our tensors that are one whole tensor in the Hugging Face layout.
+    """Rows of one of our tensors that are one whole tensor in the Hugging Face format.
 
     The rows from `start` up to `stop` of our tensor `name` are the tensor `hf_name`, which has the shape `shape`.
     """
@@ -117,7 +117,7 @@ class TensorSlice:
 
 
 def tensor_slices(config: ModelConfig, vocab_size: int) -> Iterator[TensorSlice]:
-    """All tensors of a model in the Hugging Face layout. Slices of the same tensor of ours follow one another."""
+    """All tensors of a model in the Hugging Face format. Slices of the same tensor of ours follow one another."""
     c = config
     yield TensorSlice("embedding.weight", "model.embed_tokens.weight", (vocab_size, c.dim))
     for layer in range(c.n_layers):
@@ -165,9 +165,9 @@ def _moe_slices(c: ModelConfig, name: str, hf_name: str) -> Iterator[TensorSlice
 def tensor_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of each of our tensors, by name."""
     shapes = {}
-    for name, group in groupby(tensor_slices(config, vocab_size), key=lambda part: part.name):
-        parts = list(group)
-        shapes[name] = (parts[-1].stop, *parts[0].shape[1:])
+    for name, group in groupby(tensor_slices(config, vocab_size), key=lambda entry: entry.name):
+        slices = list(group)
+        shapes[name] = (slices[-1].stop, *slices[0].shape[1:])
     return shapes
 
 
@@ -256,7 +256,7 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
 
 
 def _text_section(content: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The part of config.json that describes the text model. Raises UserError if it is not a Llama 4 model."""
+    """The section of config.json that describes the text model. Raises UserError if it is not a Llama 4 model."""
     is_multimodal = "text_config" in content
     text = content["text_config"] if is_multimodal else content
     if not isinstance(text, Mapping):

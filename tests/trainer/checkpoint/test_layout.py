@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trainer.checkpoint import block_io, layout
 from trainer.checkpoint.block_io import PAGE_BYTES, Damaged
-from trainer.startup import not_locked
+from trainer.startup import page_lock_note
 
 DTYPES = list(layout.DTYPES.values())
 
@@ -171,5 +171,6 @@ def test_memory_that_cannot_be_page_locked_is_reported(monkeypatch):
     assert layout.lock_pages(torch.empty(100, dtype=torch.uint8), cpu) is None and not kernels
     error = layout.lock_pages(torch.empty(101, dtype=torch.uint8), cpu)
     assert error == "OS call failed or operation not supported on this OS (304)" and kernels == [cpu]
-    assert not_locked([None, None]) is None
-    assert "the staging memory of 1 of 2 ranks could not be page-locked (OS call failed" in not_locked([None, error])
+    assert page_lock_note([None, None]) is None
+    note = page_lock_note([None, error])
+    assert "the staging memory of 1 of 2 ranks could not be page-locked (OS call failed" in note

@@ -126,4 +126,4 @@ def test_ranks_that_see_different_folders_are_reported(pool, corpus_dir, tmp_pat
         2, "tests.support.run_cases:run_in_separate_folders", corpus=str(corpus_dir), folder=str(tmp_path)
     )
     for text in errors:
-        assert "does not see the folder that rank 0 writes to; set run.dir=" in text and "\n" not in text
+        assert "does not see the folder that rank 0 writes to; set run.dir to a folder" in text and "\n" not in text

@@ -35,11 +35,11 @@ ROOT = Path(__file__).parents[3]
 def test_a_spike_is_told_once():
     spikes, noise = Spikes(), torch.Generator().manual_seed(0)
     falling = [6 * 0.99**n + float(torch.randn((), generator=noise)) * 0.1 for n in range(400)]
-    assert [spikes.usual(x) for x in falling] == [None] * 400
-    usual = spikes.usual(3.0)
-    assert usual is not None and abs(usual) < 1.0
-    assert spikes.usual(3.0) is None and spikes.usual(0.1) is None
-    assert spikes.usual(3.0) is not None
+    assert [spikes.median_if_spike(x) for x in falling] == [None] * 400
+    median = spikes.median_if_spike(3.0)
+    assert median is not None and abs(median) < 1.0
+    assert spikes.median_if_spike(3.0) is None and spikes.median_if_spike(0.1) is None
+    assert spikes.median_if_spike(3.0) is not None
 
 
 def test_a_spike_is_reported(corpus_dir, tmp_path, capsys, monkeypatch):
@@ -118,7 +118,7 @@ def starting(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 2)
     both = [Recorded(rank, 2, StopFlag(), 6, tmp_path / "run") for rank in (0, 1)]
     for watchdog in both:
-        watchdog.mark("loading the checkpoint")
+        watchdog.mark("loading weights")
         watchdog.start(store)
     yield both
     for watchdog in both:

@@ -1,4 +1,4 @@
-"""Files in the Hugging Face layout: they hold what was written, and nothing in them is trusted when they are read."""
+"""Files in the Hugging Face format: they hold what was written, and nothing in them is trusted when they are read."""
 
 import json
 import os

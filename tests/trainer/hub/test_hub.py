@@ -1,4 +1,4 @@
-"""Export to the Hugging Face layout and import from it: transformers computes the same numbers from every tensor."""
+"""Export to the Hugging Face format and import from it: transformers computes the same numbers from every tensor."""
 
 import json
 import weakref

@@ -55,6 +55,16 @@ class DataConfig(Section):
         except ValueError:
             return None
 
+    def corpus_settings(self) -> dict[str, str | int | bool]:
+        """The settings that determine the content of a corpus; the others may change from run to run."""
+        keys = ["source"]
+        keys += ["stories"] if self.source == "storybook" else ["text_field", "clean"]
+        keys += ["validation", "tokenizer"]
+        if self.tokenizer == "train":
+            keys.append("vocab_size")
+        keys.append("shard_tokens")
+        return {key: getattr(self, key) for key in keys}
+
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         if self.held_out is not None and not 0 < self.held_out < 1:

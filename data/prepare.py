@@ -80,10 +80,10 @@ def open_finished(config: DataConfig, folder: Path) -> "Corpus | None":
 
 def describe_changes(old: "Manifest | Progress", config: DataConfig, source: dict[str, str]) -> str:
     """The settings and parts of the source that have changed since `old` was written, in one line; empty if none."""
-    from data.shards import differences, settings_of
+    from data.shards import differences
 
     changes = [
-        f"data.{key} {before} -> {after}" for key, before, after in differences(old.settings, settings_of(config))
+        f"data.{key} {before} -> {after}" for key, before, after in differences(old.settings, config.corpus_settings())
     ]
     changes += [f"{name}: {before} -> {after}" for name, before, after in differences(old.source, source)]
     if len(changes) > 3:
@@ -114,7 +114,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def write_corpus(config: DataConfig, source: "Source", folder: Path) -> None:
     """Writes a whole corpus, manifest last. Raises UserError."""
     from data.encode import encode
-    from data.shards import MANIFEST, MODEL, PROGRESS, Manifest, Writer, settings_of
+    from data.shards import MANIFEST, MODEL, PROGRESS, Manifest, Writer
     from data.sources.base import TRAIN, VALIDATION
     from data.tokenizer import Tokenizer, write_atomic
 
@@ -154,7 +154,7 @@ def write_corpus(config: DataConfig, source: "Source", folder: Path) -> None:
                 f"is in the {name} split; give another fraction, a path, or more stories"
             )
     manifest = Manifest(
-        settings=settings_of(config),
+        settings=config.corpus_settings(),
         source=fingerprint,
         empty=source.empty,
         tokenizer_hash=tokenizer.hash,
@@ -172,7 +172,7 @@ def load_or_start_progress(
 
     Otherwise deletes the files of that run, writes the tokenizer, and returns a new progress. Raises UserError.
     """
-    from data.shards import MODEL, PROGRESS, Progress, settings_of
+    from data.shards import MODEL, PROGRESS, Progress
     from data.sources.base import TRAIN, VALIDATION
     from data.tokenizer import Tokenizer
 
@@ -196,7 +196,7 @@ def load_or_start_progress(
         for shard in folder.glob(f"{name}-*.shard*"):
             shard.unlink()
     tokenizer = write_tokenizer(config, source, folder / MODEL)
-    return Progress(settings=settings_of(config), source=fingerprint, tokenizer_hash=tokenizer.hash)
+    return Progress(settings=config.corpus_settings(), source=fingerprint, tokenizer_hash=tokenizer.hash)
 
 
 def skip_finished(documents: "Iterable[Document]", finished: dict[str, int]) -> "Iterator[Document]":

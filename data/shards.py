@@ -66,7 +66,7 @@ class Manifest(StrictModel):
     """The content of a finished corpus, and the settings and source that it was made from."""
 
     version: int = VERSION
-    settings: dict[str, str | int | bool]  # see settings_of
+    settings: dict[str, str | int | bool]  # see DataConfig.corpus_settings
     source: dict[str, str]  # fingerprint
     empty: int  # stories skipped because they are empty or only whitespace
     tokenizer_hash: str
@@ -364,7 +364,7 @@ class Corpus:
 
     def check(self, config: DataConfig) -> None:
         """Raises UserError about the first setting that differs from those of the corpus."""
-        for key, made_with, requested in differences(self.manifest.settings, settings_of(config)):
+        for key, made_with, requested in differences(self.manifest.settings, config.corpus_settings()):
             raise UserError(
                 f"data.{key}={requested}: the corpus in {self.folder} was made with {made_with}; "
                 f"set data.{key}={made_with}, or give another data.dir and run {PREPARE_COMMAND}"
@@ -382,17 +382,6 @@ class Corpus:
         for done, info in enumerate(shards, 1):
             Shard(self.folder / info.path).verify()
             on_progress(done, len(shards))
-
-
-def settings_of(config: DataConfig) -> dict[str, str | int | bool]:
-    """The settings that determine the content of a corpus; the others may change from run to run."""
-    keys = ["source"]
-    keys += ["stories"] if config.source == "storybook" else ["text_field", "clean"]
-    keys += ["validation", "tokenizer"]
-    if config.tokenizer == "train":
-        keys.append("vocab_size")
-    keys.append("shard_tokens")
-    return {key: getattr(config, key) for key in keys}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.cache import KVCache, LayerCache
 from model.config import ModelConfig
 from model.rope import rope_table
-from model.segments import AttentionMask, chunk_mask, document_masks
+from model.segments import AttentionMask, attention_masks
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ class ForwardContext:
             is_real = torch.ones(batch, length, dtype=torch.bool, device=x.device)
         if positions is None:
             positions = torch.arange(length, device=x.device)[None]
-        chunk = config.attention_chunk
-        full, chunked = None, None
-        if documents is not None:
-            full, chunked = document_masks(documents, positions, chunk, x, attention_dropout)
-        elif chunk is not None and chunk < length:
-            chunked = chunk_mask(batch, length, chunk, x.device)
+        full, chunked = attention_masks(config, positions, documents, x, attention_dropout)
         rope = rope_table(config, positions, x.dtype)
         return cls(is_real, positions, rope, full, chunked, rng_keys, load_shares, cache)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.permute import pad_segments, unpad_segments
 
 # A segment joins a group if its length is at least MIN_LENGTH_RATIO times the longest of the group, or at most
@@ -34,6 +35,22 @@ class AttentionMask(Protocol):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
         """q (B, S, H, head_dim), k and v (B, S, KV, head_dim) -> (B, S, H, head_dim)."""
+
+
+def attention_masks(
+    config: ModelConfig, positions: Tensor, documents: Tensor | None, x: Tensor, dropout: bool
+) -> tuple[AttentionMask | None, AttentionMask | None]:
+    """The masks of NoPE layers and of RoPE layers; None: a token sees the whole row up to itself.
+
+    positions and documents are as in `document_masks`, x and dropout as in `segment_mask`.
+    """
+    batch, length = x.shape[:2]
+    chunk = config.attention_chunk
+    if documents is not None:
+        return document_masks(documents, positions, chunk, x, dropout)
+    if chunk is not None and chunk < length:
+        return None, chunk_mask(batch, length, chunk, x.device)
+    return None, None
 
 
 def chunk_mask(batch: int, length: int, chunk: int, device: torch.device) -> AttentionMask:

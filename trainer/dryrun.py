@@ -13,10 +13,9 @@ from trainer import devices, machine
 from trainer.config import Config
 from trainer.machine import dtype_name
 from trainer.memory import OUTSIDE_ALLOCATOR, Memory, memory_needed
+from trainer.optimizer import bytes_per_weight
 from trainer.startup import degrees, open_corpus
 from trainer.terminal import plural
-
-BYTES_PER_WEIGHT = 12  # in a checkpoint: the weight and AdamW's two moments, in fp32
 
 
 def print_plan(config: Config) -> None:
@@ -119,7 +118,7 @@ def memory_table(memory: Memory, device: torch.device, dtype: torch.dtype) -> li
 
 def checkpoint_line(config: Config, parameters: int, world: World) -> str:
     """The size of a checkpoint, how many are kept, and the memory that an asynchronous save uses."""
-    size = BYTES_PER_WEIGHT * parameters
+    size = bytes_per_weight(config.train) * parameters
     line = f"checkpoint  about {_gib(size)} on disk, the newest {config.checkpoint.keep} are kept"
     if config.checkpoint.async_save:
         line += f"; staging uses {_gib(size // world.size)} of host memory per rank"

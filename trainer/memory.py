@@ -20,6 +20,7 @@ from parallel.experts import ExpertPlacement
 from parallel.fsdp import ONE_UNIT_BYTES
 from parallel.mesh import Degrees
 from trainer.config import Config
+from trainer.optimizer import bytes_per_weight
 
 CUBLAS_WORKSPACE_BYTES = 32 << 20  # allocated by torch's allocator; 8 MiB on cards before sm90
 
@@ -32,7 +33,7 @@ class Memory:
     """Bytes that a rank holds in one phase of a step, in parts."""
 
     phase: str
-    state: int  # fp32 weights and AdamW's two moments
+    state: int  # fp32 weights and the state of the optimizer
     gradients: int
     weights: int  # in the dtype of the products: gathered by FSDP, or cast
     activations: int  # kept from the forward to the backward
@@ -252,7 +253,7 @@ def last_reduction(p: Plan) -> Memory:
     weights = p.element_bytes * p.embedding if p.world > 1 else 0
     return Memory(
         phase="end of the backward",
-        state=12 * p.owned,
+        state=bytes_per_weight(p.config.train) * p.owned,
         gradients=4 * p.owned,
         weights=weights + p.cached_cast_bytes,
         activations=0,
@@ -271,7 +272,7 @@ def with_activations(p: Plan, phase: str, gradients: int, weights: int, workspac
         bytes_per_token += 2 * p.model.dim * p.element_bytes
     return Memory(
         phase=phase,
-        state=12 * p.owned,
+        state=bytes_per_weight(p.config.train) * p.owned,
         gradients=gradients,
         weights=weights + p.cached_cast_bytes,
         activations=p.tokens * bytes_per_token,

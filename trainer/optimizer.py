@@ -1,7 +1,7 @@
 """AdamW (arXiv:1711.05101), the learning rate, which depends on the step alone, and the loss scale of fp16.
 
 To add an optimizer, add a setting that selects it to `TrainConfig`, and construct it and its state in `make_optimizer`.
-A checkpoint stores each tensor of that state under the name `optim.KEY.PARAMETER`.
+A checkpoint stores each tensor of that state under the name `optim.KEY.PARAMETER`. `bytes_per_weight` counts them.
 """
 
 import math
@@ -63,6 +63,17 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def bytes_per_weight(config: TrainConfig) -> int:
+    """The bytes of an fp32 weight and of its state, counted on the optimizer of one small matrix.
+
+    They are the same in memory and in a checkpoint. Numbers of the state that are not one for each weight, such as the
+    step, are not counted.
+    """
+    layer = nn.Linear(2, 2, bias=False)
+    state = make_optimizer(layer, config).state[layer.weight].values()
+    return layer.weight.element_size() + sum(value.element_size() for value in state if value.ndim)
 
 
 @dataclass

@@ -29,8 +29,8 @@ class Source(Protocol):
     1. Write a class with these members in a new file of `data/sources/`. Its constructor receives the `DataConfig`, and
        raises UserError if the source does not exist.
     2. In `open_source` (open.py), return it for the value of `data.source` that selects it; import its module there.
-    3. If it has settings of its own, add them to `DataConfig` (data/config.py), and to `settings_of` (data/shards.py)
-       if they change the stories.
+    3. Add it to the description of `data.source` in `DataConfig` (data/config.py). If it has settings of its own, add
+       them there, and to `corpus_settings` if they change the stories.
 
     What a source must guarantee:
 

@@ -8,7 +8,7 @@ import torch
 from model.transformer import Transformer
 from tests.support.configs import TINY_MODEL
 from trainer.config import TrainConfig
-from trainer.optimizer import learning_rate, make_optimizer
+from trainer.optimizer import bytes_per_weight, learning_rate, make_optimizer
 
 CONFIG = TrainConfig(steps=100, max_lr=1.0, min_lr=0.1, warmup_steps=10)
 
@@ -56,6 +56,10 @@ def test_weight_decay_is_for_matrices_except_the_embedding():
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if "norm" in name or name == "embedding.weight" else 0.1), name
+
+
+def test_an_adamw_weight_has_two_moments_in_fp32():
+    assert bytes_per_weight(CONFIG) == 4 + 4 + 4
 
 
 def test_a_step_equals_adamw_computed_by_hand():

@@ -31,7 +31,14 @@ from trainer.config import Config
 from trainer.evaluation import evaluate
 from trainer.hub.files import CONFIG_FILE, Folder, ShardTensor, write_json, write_shards
 from trainer.hub.importer import check_tensors
-from trainer.hub.mapping import MODELING_MODULE, TensorSlice, tensor_shapes, tensor_slices, to_hf_config
+from trainer.hub.mapping import (
+    MODELING_MODULE,
+    TensorSlice,
+    not_exportable,
+    tensor_shapes,
+    tensor_slices,
+    to_hf_config,
+)
 from trainer.hub.tokenizer import export_tokenizer
 
 BALANCE_BIAS = "the balance bias"
@@ -40,7 +47,8 @@ BALANCE_BIAS = "the balance bias"
 class CheckpointWeights:
     """The weights of a checkpoint, read one at a time.
 
-    Raises UserError if there is no checkpoint, or if its tensors are not those of the model in its config.
+    Raises UserError if there is no checkpoint, if its model has settings without a counterpart in the Hugging Face
+    layout, or if its tensors are not those of that model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +57,10 @@ class CheckpointWeights:
             print(f"skipped checkpoint {reason}", file=sys.stderr)
         self.path, self.manifest = checkpoint.path, checkpoint.manifest
         self.config: ModelConfig = check(ModelConfig, "model", self.manifest["config"]["model"])
+        if settings := not_exportable(self.config):
+            raise UserError(
+                f"{self.path}: cannot be exported: the Hugging Face layout has no counterpart of {', '.join(settings)}"
+            )
         self.vocab_size: int = self.manifest["vocab_size"]
         self._shapes = tensor_shapes(self.config, self.vocab_size)
         self._check_shapes()

@@ -23,7 +23,8 @@ PLAIN_MODEL_TYPE, BIASED_MODEL_TYPE = "llama4_text", "llama4_text_biased"
 MULTIMODAL_MODEL_TYPE = "llama4"  # config.json then holds the text model under `text_config`
 MODELING_MODULE = "modeling_llama4_biased"
 
-# Each key of ModelConfig is in exactly one of the next three tables; a test checks this.
+# Each key of ModelConfig is in at most one of the next three tables. A key that is in none has no counterpart in the
+# Hugging Face layout, and a model that sets it to another value than the default is not exported (`not_exportable`).
 
 # Keys of ModelConfig that have one counterpart with the same meaning in config.json.
 HF_CONFIG_KEYS = {
@@ -114,6 +115,14 @@ class TensorSlice:
     @property
     def stop(self) -> int:
         return self.start + self.shape[0]
+
+
+def not_exportable(config: ModelConfig) -> list[str]:
+    """`model.KEY=VALUE` for each setting that is not the default and has no counterpart in the Hugging Face layout."""
+    mapped = HF_CONFIG_KEYS.keys() | CONVERTED_KEYS.keys() | TRAINING_ONLY_KEYS
+    values = {key: getattr(config, key) for key in ModelConfig.model_fields if key not in mapped}
+    defaults = {key: ModelConfig.model_fields[key].get_default(call_default_factory=True) for key in values}
+    return [f"model.{key}={value}" for key, value in values.items() if value != defaults[key]]
 
 
 def tensor_slices(config: ModelConfig, vocab_size: int) -> Iterator[TensorSlice]:

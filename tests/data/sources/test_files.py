@@ -12,7 +12,6 @@ from pyarrow.parquet import write_table
 
 from data.config import DataConfig
 from data.settings import UserError
-from data.shards import settings_of
 from data.sources.base import TRAIN, VALIDATION, split_of
 from data.sources.files import find_files
 from data.sources.open import open_source
@@ -250,7 +249,7 @@ def test_texts_are_repaired_before_they_are_split(tmp_path):
         assert [d.text for d in documents] == ["“One.”", "Two.", "Three.", "“One.”"] and source.empty == 1
         assert documents[0].split == documents[3].split == split_of("“One.”", 0.5)
         assert str(source.cleaner).startswith("2 sequences of mojibake repaired in 1 texts, 2 texts split")
-    assert settings_of(config) != settings_of(config_of(tmp_path))
+    assert config.corpus_settings() != config_of(tmp_path).corpus_settings()
     assert texts(tmp_path) == ["â€œOne.â€", "Two.\n<|endoftext|>\nThree.", "“One.”", "<|endoftext|>"]
 
 

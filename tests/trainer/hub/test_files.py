@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from data.settings import UserError
 from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
+from trainer.hub import mapping
 from trainer.hub.files import Folder, ShardTensor, write_json, write_shards
 from trainer.hub.importer import HFCheckpoint
 from trainer.hub.mapping import (
@@ -22,6 +23,7 @@ from trainer.hub.mapping import (
     TRAINING_ONLY_KEYS,
     differences,
     from_hf_config,
+    not_exportable,
     tensor_shapes,
     tensor_slices,
     to_hf_config,
@@ -255,10 +257,24 @@ def test_settings_survive_the_way_to_config_json_and_back(keys):
         assert tensor_shapes(found, 77) == tensor_shapes(config, 77)
 
 
-def test_each_model_setting_is_in_one_table_of_the_mapping():
-    """A new setting must be exported, or be listed as one that acts in training only."""
+def test_no_model_setting_is_in_two_tables_of_the_mapping():
     keys = [*HF_CONFIG_KEYS, *CONVERTED_KEYS, *TRAINING_ONLY_KEYS]
-    assert sorted(keys) == sorted(ModelConfig.model_fields)
+    assert len(keys) == len(set(keys)) and set(keys) <= ModelConfig.model_fields.keys()
+
+
+def test_settings_in_no_table_are_not_exportable(monkeypatch):
+    """Unless they have the default value, as in a model of an earlier version."""
+    config = ModelConfig(**OTHER_VALUES, dropout=0.1)
+    assert not not_exportable(config)
+    monkeypatch.delitem(HF_CONFIG_KEYS, "qk_norm")
+    monkeypatch.delitem(CONVERTED_KEYS, "rope_scaling")
+    monkeypatch.setattr(mapping, "TRAINING_ONLY_KEYS", TRAINING_ONLY_KEYS - {"dropout"})
+    assert not not_exportable(ModelConfig())
+    assert not_exportable(config) == [
+        f"model.rope_scaling={config.rope_scaling}",
+        "model.qk_norm=False",
+        "model.dropout=0.1",
+    ]
 
 
 OTHER_VALUES = dict(  # that differ from the default of each setting that decides what a model computes
@@ -289,7 +305,7 @@ OTHER_VALUES = dict(  # that differ from the default of each setting that decide
 
 def test_each_exported_setting_is_read_back():
     config = ModelConfig(**OTHER_VALUES, max_seq_len=99)
-    assert OTHER_VALUES.keys() == ModelConfig.model_fields.keys() - MAY_DIFFER_KEYS
+    assert OTHER_VALUES.keys() == (HF_CONFIG_KEYS.keys() | CONVERTED_KEYS.keys()) - MAY_DIFFER_KEYS
     assert all(value != getattr(ModelConfig(), key) for key, value in OTHER_VALUES.items())
     plain = to_hf_config(config, 77, 1, 2, "float32")
     biased = to_hf_config(config, 77, 1, 2, "float32", plain=False)

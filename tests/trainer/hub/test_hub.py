@@ -19,7 +19,7 @@ from trainer.generate import Sampling, generate
 from trainer.hub.__main__ import main
 from trainer.hub.export import CheckpointWeights
 from trainer.hub.importer import HFCheckpoint, initial_weights
-from trainer.hub.mapping import differences, tensor_slices, to_hf_config
+from trainer.hub.mapping import HF_CONFIG_KEYS, differences, tensor_slices, to_hf_config
 from trainer.step import train_step
 
 transformers = pytest.importorskip("transformers", reason="the extra `hub` is not installed")
@@ -241,6 +241,13 @@ def test_an_export_overwrites_nothing_and_leaves_no_parts(runs, tmp_path, monkey
         with pytest.raises(reported, match="out: No space left" if reported is UserError else None):
             export(runs / "plain", tmp_path / "new" / "out")
         assert not list((tmp_path / "new").iterdir())
+
+
+def test_settings_without_a_counterpart_are_not_exported(runs, tmp_path, monkeypatch):
+    monkeypatch.delitem(HF_CONFIG_KEYS, "temperature_floor")
+    with pytest.raises(UserError, match=r"cannot be exported: .* no counterpart of model\.temperature_floor=4"):
+        export(runs / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_holds_one_tensor_at_a_time(runs, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from data.loader import Batch, Step
 from model.config import ModelConfig
 from model.moe import Router
 from model.precision import weights_unchanged
-from model.random import place_seed, sequence_keys, site_keys
+from model.random import sequence_keys, site_keys, stream_seed
 from model.transformer import Output, Transformer
 from parallel import collectives, fsdp, gradients
 from parallel.experts import ExpertPlacement
@@ -89,7 +89,7 @@ def forward_backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     statistics: Tensor | int = 0
     if config.model.attention_dropout:
         # fused attention accepts no keys, so that its dropout is the same on the same mesh only
-        torch.manual_seed(place_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
+        torch.manual_seed(stream_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
     run.watchdog.mark("forward", run.step + 1)
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
@@ -125,6 +125,7 @@ def load_shares(run: Run, batch: Step) -> Tensor:
 
     The auxiliary loss of each micro-batch needs the shares of the whole global batch, which are known only when every
     micro-batch of every rank has been routed. So all of them run forward once more, before the first backward.
+    With attention dropout this forward draws other random numbers, so the shares are not exact then.
     """
     loads = sum(forward(run, micro_batch).loads for micro_batch in batch.micro_batches)
     assert isinstance(loads, Tensor)

@@ -113,7 +113,7 @@ class KVCache:
         if length != expected or longest > self.capacity:
             sequences = f"{'prompts' if self.is_empty else 'sequences'} of lengths {self.lengths}"
             raise ValueError(
-                f"{length} tokens of each sequence do not fit {sequences} in a cache of {self.capacity} tokens"
+                f"{length} tokens per sequence do not fit {sequences} in a cache of {self.capacity} tokens"
             )
         for kind in self._kinds:
             kind.start_step(self.lengths, self.device)

@@ -22,7 +22,8 @@ balanced without an auxiliary loss (arXiv:2408.15664): a bias for each expert is
 nowhere else. The trainer adjusts it in each step; from `balance_until` on it fades to zero. Loads are an output of the
 forward, so that neither recomputation nor evaluation counts them again.
 
-Letters: B batch, S sequence, T = B*S tokens, D dim, F hidden, E experts, K top-k, R rows.
+Letters: B batch, S sequence, T = B*S tokens, D dim, F hidden, E experts, K top-k, R rows (in `Experts`:
+those that this process received).
 """
 
 from typing import NamedTuple

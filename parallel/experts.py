@@ -83,13 +83,12 @@ class AllToAllExchange:
         recv_counts = torch.empty_like(send_counts)  # (EP, slots): rows of each rank for each slot of this rank
         dist.all_to_all_single(recv_counts, send_counts, group=self.group)
         send_splits, recv_splits, host_counts = self.read_splits(send_counts, recv_counts)
-        n_received = sum(recv_splits)
+        n_destination = sum(recv_splits)
         slot = torch.arange(placement.slots, device=rows.device).repeat(placement.ranks)
-        slot = slot.repeat_interleave(
-            recv_counts.flatten(), output_size=n_received
-        )  # slot of each row, in order of arrival
+        # slot of each row, in order of arrival
+        slot = slot.repeat_interleave(recv_counts.flatten(), output_size=n_destination)
         order, inverse = sort_by_expert(slot, placement.slots)
-        transfer = Transfer("dispatch", self, send_splits, recv_splits, len(rows), n_received)
+        transfer = Transfer("dispatch", self, send_splits, recv_splits, len(rows), n_destination)
         return DispatchedRows(
             AllToAllHandle.start(rows, transfer), recv_counts.sum(0), host_counts, order, inverse, transfer
         )

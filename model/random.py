@@ -26,8 +26,8 @@ BLOCK_NUMBERS = 1 << 25  # numbers that one generator draws for an initial weigh
 def initial_normal(seed: int, name: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
     """`window` of the normal initial values of parameter `name`. Of a 3-D `shape` (E, ...) each expert is drawn alone.
 
-    Only experts and blocks of rows that overlap the window are drawn, so that no process draws or holds the whole of a
-    large weight. Returns fp32 on the CPU.
+    Only experts and blocks of matrix rows that overlap the window are drawn, so that no process draws or holds the
+    whole of a large weight. Returns fp32 on the CPU.
     """
     if len(shape) == 3:
         (start, stop), *matrix_window = window

@@ -1,20 +1,25 @@
-"""Attention of Llama 4: in chunks and with RoPE on most layers, over the whole row and without positions (NoPE) on
-every n-th layer.
+"""Attention of Llama 4: in chunks and with RoPE on most layers, over the whole sequence and without positions
+(NoPE) on every n-th layer.
 
-| a token sees                    | device           | computed by (`segments.py`)                            |
-|---------------------------------|------------------|--------------------------------------------------------|
-| the row up to itself            | any              | fused attention with `is_causal`                       |
-| its chunk, if chunks divide S   | any              | the same; a view makes each chunk a row of the batch   |
-| its chunk                       | any              | the same, for groups of segments of similar lengths    |
-| its document (within its chunk) | any              | the same as for chunks                                 |
-| the same, without dropout       | CUDA, from sm80  | compiled FlexAttention with a block mask               |
-| cached tokens (generation)      | any              | fused attention of one query for each row (`cache.py`) |
+| a token sees, of the tokens up to itself    | device          | computed by (`segments.py`)                         |
+|---------------------------------------------|-----------------|-----------------------------------------------------|
+| its sequence                                | any             | fused attention with `is_causal`                    |
+| its chunk, if chunks divide S               | any             | fused attention with `is_causal`; a view makes each |
+|                                             |                 | chunk a sequence of the batch                       |
+| its chunk                                   | any             | fused attention with `is_causal`, for each group of |
+|                                             |                 | segments of similar lengths                         |
+| its document (within its chunk)             | any             | fused attention with `is_causal`, for each group of |
+|                                             |                 | segments of similar lengths                         |
+| its document (within its chunk), no dropout | CUDA, from sm80 | compiled FlexAttention with a block mask            |
+| cached tokens (generation)                  | any             | fused attention of one query for each sequence      |
+|                                             |                 | (`cache.py`)                                        |
 
 No tensor has S x S numbers: there are neither masks nor scores of that size. With dropout, torch has no fused attention
 on a CPU, so the scores of one group of segments exist at a time.
 
-A RoPE layer projects, applies RoPE to interleaved pairs, and then the L2 norm to queries and keys. A NoPE layer scales
-its queries by log(1 + floor((position + 1) / floor)) * scale + 1 ("temperature tuning", for Llama 4's long contexts).
+A RoPE layer projects, rotates interleaved pairs (RoPE), and L2-normalizes queries and keys. A NoPE layer scales its
+queries by log(1 + floor((position + 1) / temperature_floor)) * temperature_scale + 1 ("temperature tuning", for Llama
+4's long contexts).
 
 Letters: B batch, S sequence, D dim, H query heads, KV key and value heads.
 """
@@ -117,9 +122,9 @@ class Attention(nn.Module):
 def trains_in_fp32(q: Tensor) -> bool:
     """Whether fused attention of bf16 queries like q (B, H, S, head_dim) is computed in fp32 because that is faster.
 
-    On a CPU the backward in bf16 consists of many small products. On a CPU with AVX512-BF16, forward and backward in
-    bf16 take 2.5 times as long as in fp32 for rows of 128 tokens, 1.4 times for 256, as long for 512, and less time for
-    longer rows.
+    On a CPU the backward in bf16 consists of many small matrix multiplications. On a CPU with AVX512-BF16, forward and
+    backward in bf16 take 2.5 times as long as in fp32 for sequences of 128 tokens, 1.4 times for 256, as long for 512,
+    and less time for longer sequences.
     """
     is_short = q.shape[2] < FP32_ATTENTION_TOKENS
     return q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_short and torch.is_grad_enabled()
@@ -129,6 +134,6 @@ def has_flash(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Whether a CUDA device of this compute capability has flash attention.
 
     Flash attention is the only kernel that accepts fewer key heads than query heads. Without it, torch would fall back
-    to products that hold S x S scores.
+    to matrix multiplications that hold S x S scores.
     """
     return dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0)

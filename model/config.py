@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RopeScaling(BaseModel):
-    """How Llama 3 stretches RoPE wavelengths, for rows longer than those of the first training."""
+    """How Llama 3 stretches RoPE wavelengths, for sequences longer than those of the first training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,10 +124,11 @@ class ModelConfig(BaseModel):
         return common + moe * self.n_experts * expert, common + moe * self.top_k * expert
 
     def flops_per_token(self, vocab_size: int, length: int) -> float:
-        """Floating-point operations to train on one token of a row of `length` tokens, forward and backward.
+        """Floating-point operations to train on one token of a sequence of `length` tokens, forward and backward.
 
-        A multiplication and an addition count as two, and the backward counts twice the forward. So each product of a
-        token with a matrix of n weights counts 6 n. The forward, in the letters of the settings above:
+        A multiplication and an addition count as two, and the backward counts twice the forward. So each
+        multiplication of a token by a matrix of n weights counts 6 n. The forward, in the letters of the settings
+        above, with KV key and value heads and a vocabulary of V tokens:
 
             attention projections   2 D head_dim (2 H + 2 KV) a layer
             attention scores        4 H head_dim keys a layer: queries with keys, then weights with values
@@ -137,8 +138,8 @@ class ModelConfig(BaseModel):
             head                    2 D V
 
         keys is the average number of keys that a query sees (`average_keys`). Not counted are the embedding, which is
-        a lookup; norms, activations and the loss, which are no matrix products; and everything that is computed a
-        second time (train.recompute, the extra forward of aux_loss_weight, the backward of fused attention). The keys
+        a lookup; norms, activations and the loss, which are no matrix multiplications; and everything that is computed
+        a second time (train.recompute, the extra forward of aux_loss_weight, the backward of fused attention). The keys
         that data.mask_documents hides are counted.
         """
         moe = len(self.moe_layers)
@@ -152,7 +153,7 @@ class ModelConfig(BaseModel):
         return 3 * forward
 
     def average_keys(self, layer: int, length: int) -> float:
-        """The mean, over a row of `length` tokens, of the keys that a query of block `layer` (from 0) sees.
+        """The mean, over a sequence of `length` tokens, of the keys that a query of block `layer` (from 0) sees.
 
         A query sees its own key, too.
         """

@@ -1,6 +1,10 @@
 """The inputs of a forward besides the tokens, in one object that every layer receives with the residual stream.
 
-Letters: B batch, S sequence, E experts.
+A token is *real* if its target enters the loss, which means that the target is not IGNORE. Padding is not real, and
+neither is the last token before another story. In generation, where there are no targets, all tokens but the padding of
+prompts are real. Tokens that are not real are sent to no expert.
+
+Letters: B batch, S sequence, D dim, E experts.
 """
 
 from dataclasses import dataclass
@@ -18,10 +22,10 @@ from model.segments import AttentionMask, attention_masks
 class ForwardContext:
     """The inputs that all layers of one forward share."""
 
-    is_real: Tensor  # (B, S) bool: whether a token counts; the others are sent to no expert
+    is_real: Tensor  # (B, S) bool: whether a token is real, see above
     positions: Tensor  # (B or 1, S), from 0
     rope: Tensor  # (B or 1, S, 1, head_dim / 2, 2), see `rope_table`
-    full_mask: AttentionMask | None  # of NoPE layers; None: a token sees the whole row up to itself
+    full_mask: AttentionMask | None  # of NoPE layers; None: a token sees its whole sequence up to itself
     chunked_mask: AttentionMask | None  # of RoPE layers
     rng_keys: Tensor | None  # (n_layers + 1, SITES, B), see `random.site_keys`; None: no dropout and no router noise
     load_shares: Tensor | None  # (MoE layers, E): shares of the global batch's load, for the auxiliary loss
@@ -47,8 +51,8 @@ class ForwardContext:
             is_real: (B, S) bool; by default all tokens are real.
             positions: (B or 1, S); by default 0 to S - 1.
             documents: (B, S), a number for each token, which changes at the first token of a document; by default each
-                row is one document.
-            attention_dropout: whether attention weights will be dropped, which not every kernel can do.
+                sequence is one document.
+            attention_dropout: whether attention weights will be dropped; FlexAttention does not support it.
             rng_keys, load_shares, cache: as in the class.
         """
         batch, length = x.shape[:2]
@@ -67,7 +71,7 @@ class ForwardContext:
         return self.rng_keys[0 if layer is None else layer + 1, site]
 
     def attention_mask(self, uses_rope: bool) -> AttentionMask | None:
-        """The mask of a layer; None: each token sees the whole row up to itself."""
+        """The mask of a layer; None: each token sees its whole sequence up to itself."""
         return self.chunked_mask if uses_rope else self.full_mask
 
     def layer_cache(self, layer: int) -> LayerCache | None:

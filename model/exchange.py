@@ -1,8 +1,9 @@
-"""The interface between an MoE and the processes that hold its experts: dispatch of rows, combine of outputs.
+"""The interface between an MoE and the processes that hold its experts: dispatching of rows, and
+combining of outputs.
 
 `LocalExchange` is for experts on one process, `parallel.experts.AllToAllExchange` for experts on many.
 
-Letters: R rows, D dim, E experts.
+Letters: R rows of this process's tokens, R_recv rows that it receives for its experts, D dim, E experts.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ Result = TypeVar("Result")
 class ReceivedRows(NamedTuple):
     """The rows for the experts of this process: the arguments of `Experts.forward`."""
 
-    rows: Tensor  # (R, D), sorted by expert
-    counts: Tensor  # (experts of this process,): rows of each expert
+    rows: Tensor  # (R_recv, D), sorted by expert
+    counts: Tensor  # (experts of this process,): rows per expert
     host_counts: list[int] | None  # the same numbers, if the host knows them
 
 
@@ -39,17 +40,17 @@ class Exchange(Protocol):
     """Sends rows to the processes that hold their experts, and the experts' outputs back.
 
     `dispatch` and `combine` only start a transfer, and return a handle; its `wait` finishes the transfer. Work between
-    the two calls runs beside the transfer.
+    the two calls overlaps with the transfer.
     """
 
     def dispatch(self, rows: Tensor, loads: Tensor) -> DispatchHandle:
-        """Start to send rows (R, D), sorted by expert; loads (E,) are the rows of each expert.
+        """Start sending rows (R, D), sorted by expert; loads (E,) are the rows per expert.
 
         Rows beyond the sum of the loads are padding, and are not sent.
         """
 
     def combine(self, outputs: Tensor, dispatched: Any) -> CombineHandle:
-        """Start to send back the outputs (R, D) for the rows that were received by the handle `dispatched`."""
+        """Start sending back the outputs (R_recv, D) for the rows that the handle `dispatched` received."""
 
 
 @dataclass(frozen=True)

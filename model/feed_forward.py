@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: SwiGLU (arXiv:2002.05202). Letters: D dim, F hidden."""
+"""The dense feed-forward layer, with the SwiGLU activation (arXiv:2002.05202). Letters: D dim, F hidden."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from model.precision import cast
 
 
 class FeedForward(nn.Module):
-    """x -> down(silu(gate(x)) * up(x)), where one product computes gate and up."""
+    """x -> down(silu(gate(x)) * up(x)), where one matrix multiplication computes gate and up."""
 
     def __init__(self, config: ModelConfig, hidden: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
 
     @part(compile=True)
     def activate(self, x: Tensor) -> Tensor:
-        """x (..., 2F) -> (..., F)."""
+        """The SwiGLU activation: x (..., 2F) -> (..., F)."""
         return swiglu(x)
 
     def project_down(self, hidden: Tensor) -> Tensor:
@@ -44,7 +44,10 @@ class FeedForward(nn.Module):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """x (..., 2F), gate and up -> silu(gate) * up (..., F). Keeps only x for the backward."""
+    """The SwiGLU activation: x (..., 2F), gate and up -> silu(gate) * up (..., F).
+
+    Keeps only x for the backward.
+    """
     if torch.compiler.is_compiling():  # the compiler makes one kernel of it, and chooses what to keep
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up

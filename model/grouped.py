@@ -1,6 +1,6 @@
-"""Matrix products of rows with one matrix for each group of rows: the products of the experts.
+"""Matrix multiplications of rows with one matrix for each group of rows: those of the experts.
 
-Letters: R rows, G groups (experts), K and N the sides of a matrix.
+Letters: R rows, G groups (experts), I inputs and O outputs of a matrix.
 """
 
 from typing import Any
@@ -12,39 +12,39 @@ from torch import Tensor
 from model.precision import cast, copies_are_kept
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor, host_counts: list[int] | None = None) -> Tensor:
-    """rows (R, K) sorted by group, weight (G, K, N), counts (G,) of the rows of each group -> (R, N).
+def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor, host_counts: list[int] | None = None) -> Tensor:
+    """rows (R, I) sorted by group, weight (G, I, O), counts (G,) of rows per group -> (R, O).
 
     Rows beyond the sum of counts are padding: they cost nothing, and their results are undefined. host_counts are the
-    same numbers as counts, if the host knows them. Without them, and where no grouped kernel exists, the host waits for
+    same numbers as counts, if the host knows them. Without them, and if no grouped kernel exists, the host waits for
     the device.
     """
     weight = cast(weight, rows.dtype)
     if can_group(rows.dtype, rows.device, weight.shape):
         ends = counts.cumsum(0).to(torch.int32)
-        return _GroupedProduct.apply(rows, weight, ends)
+        return _GroupedMatmul.apply(rows, weight, ends)
     if host_counts is None:
         host_counts = counts.tolist()
     padding = rows.shape[0] - sum(host_counts)
     groups = rows.split([*host_counts, padding])
-    products = [group @ matrix for group, matrix in zip(groups, weight.unbind(0), strict=False)]  # without the padding
-    return torch.cat([*products, rows.new_zeros(padding, weight.shape[2])])
+    outputs = [group @ matrix for group, matrix in zip(groups, weight.unbind(0), strict=False)]  # without the padding
+    return torch.cat([*outputs, rows.new_zeros(padding, weight.shape[2])])
 
 
 def per_row_matmul(rows: Tensor, weight: Tensor, groups: list[int]) -> Tensor:
-    """rows (R, K) in any order, weight (G, K, N), groups (R,) with G for no group -> (R, N), zero for no group.
+    """rows (R, I) in any order, weight (G, I, O), groups (R,) with G for no group -> (R, O), zero for no group.
 
-    For few rows: no matrix is read or cast but those of the rows' groups.
+    For few rows: only the matrices of the rows' groups are read and cast.
     """
     if copies_are_kept():
         weight = cast(weight, rows.dtype)
-    products = []
+    outputs = []
     for row, group in zip(rows.split(1), groups, strict=True):
         if group < len(weight):
-            products.append(row @ weight[group].to(row.dtype))
+            outputs.append(row @ weight[group].to(row.dtype))
         else:
-            products.append(rows.new_zeros(1, weight.shape[2]))
-    return torch.cat(products)
+            outputs.append(rows.new_zeros(1, weight.shape[2]))
+    return torch.cat(outputs)
 
 
 def can_group(dtype: torch.dtype, device: torch.device, *shapes: torch.Size) -> bool:
@@ -73,12 +73,12 @@ def leaves_idle_gradients(capability: tuple[int, int]) -> bool:
 
 
 def clear_idle(gradient: Tensor, ends: Tensor) -> None:
-    """Zero the gradient (G, K, N) of empty groups; ends (G,) is the end of each group's rows."""
+    """Zero the gradient (G, I, O) of empty groups; ends (G,) is the end of each group's rows."""
     is_idle = ends.diff(prepend=ends.new_zeros(1)) == 0
     gradient.masked_fill_(is_idle[:, None, None], 0)
 
 
-class _GroupedProduct(torch.autograd.Function):
+class _GroupedMatmul(torch.autograd.Function):
     """grouped_mm, whose own backward refuses gradients that broadcast, such as those of a sum."""
 
     @staticmethod

@@ -1,9 +1,10 @@
-"""The values that parameters start with. Each module declares them beside its parameters, as `initial_values`:
+"""The values that parameters start with. Each module declares them next to its parameters, as `initial_values`:
 
     self.weight = nn.Parameter(torch.empty(rows, columns))
     self.initial_values = {"weight": scaled_normal(columns)}
 
-`Transformer.init_weights` draws them by (seed, name of the parameter), see `model/random.py`.
+`Transformer.init_weights` draws them from random numbers that are seeded with (seed, name of the
+parameter), see `model/random.py`.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
 """Hidden states -> cross-entropy, without ever holding the logits of all tokens.
 
-The product of the head, the cross-entropy and its gradient are computed for one chunk of tokens after the other. The
-gradient of a chunk is computed in the forward, while its logits exist, so that logits are computed once and then freed
-(the idea of the fused losses of Liger and of Apple).
+The head's matrix multiplication, the cross-entropy and its gradient are computed for one chunk of tokens after the
+other. The gradient of a chunk is computed in the forward, while its logits exist, so that logits are computed once and
+then freed (the idea of the fused losses of Liger and of Apple).
 
-Letters: T tokens, R tokens of a chunk, D dim, V vocabulary.
+Letters: T tokens, C tokens of a chunk, D dim, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # the target of a token that adds nothing to the loss
-# Logits of a chunk, unless that is fewer than CHUNK_TOKENS rows. They fit the cache of a CPU, or occupy a whole GPU.
+# Logits of a chunk, unless they belong to fewer than CHUNK_TOKENS tokens. They fit the cache of a CPU, or occupy a
+# whole GPU.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 CHUNK_TOKENS = 256
 
@@ -38,8 +39,8 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, gradient)
 
 
-def chunk_rows(tokens: int, vocab_size: int, device: torch.device) -> int:
-    """Rows of each chunk of logits. On CUDA chunks are as even as possible, because each new shape is compiled."""
+def tokens_per_chunk(tokens: int, vocab_size: int, device: torch.device) -> int:
+    """Tokens of each chunk of logits. On CUDA chunks are as even as possible, because each new shape is compiled."""
     largest = max(CHUNK_TOKENS, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cpu"]) // vocab_size)
     if device.type == "cpu":
         return largest
@@ -60,9 +61,9 @@ def liger_cross_entropy() -> Loss:
 
 
 def chunk_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (R, V), targets (R,) -> the summed loss, and softmax(logits) - one_hot(target) in the dtype of logits.
+    """logits (C, V), targets (C,) -> the summed loss, and softmax(logits) - one_hot(target) in the dtype of logits.
 
-    Rows whose target is IGNORE add nothing to the loss, and their gradient is undefined.
+    Tokens whose target is IGNORE add nothing to the loss, and their gradient is undefined.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     is_counted = (targets != IGNORE)[:, None]
@@ -90,14 +91,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradient is not None:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        rows = chunk_rows(len(hidden), len(weight), hidden.device)
-        for start in range(0, hidden.shape[0], rows):
-            h, t = hidden[start : start + rows], targets[start : start + rows]
+        size = tokens_per_chunk(len(hidden), len(weight), hidden.device)
+        for start in range(0, hidden.shape[0], size):
+            h, t = hidden[start : start + size], targets[start : start + size]
             if gradient is None:
                 log_p = torch.log_softmax((h @ weight.t()).to(wide), dim=-1).gather(1, t.clamp(min=0)[:, None])
                 loss -= (log_p * (t != IGNORE)[:, None]).sum()
             else:
-                loss += _chunk(h, weight, t, gradient, grad_hidden[start : start + rows], grad_weight)
+                loss += _chunk(h, weight, t, gradient, grad_hidden[start : start + size], grad_weight)
         if gradient is not None:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -116,20 +117,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, gradient: ChunkGradient, grad_hidden: Tensor, grad_weight: Tensor
 ) -> Tensor:
-    """The loss of a chunk (R, D). Writes the gradient to grad_hidden (R, D), and adds to grad_weight (V, D).
+    """The loss of a chunk (C, D). Writes the gradient to grad_hidden (C, D), and adds to grad_weight (V, D).
 
     The logits and their gradient are freed before those of the next chunk are computed.
     """
     loss, grad_logits = gradient(hidden @ weight.t(), targets)
-    # Tokens that do not count are masked in rows of D numbers, which are shorter than those of V.
+    # Tokens whose target is IGNORE are masked in hidden states of D numbers, which are fewer than the V logits.
     is_counted = (targets != IGNORE)[:, None]
     torch.mm(grad_logits, weight, out=grad_hidden)
     grad_hidden *= is_counted
-    _add_product(grad_weight, grad_logits.t(), hidden * is_counted)
+    _add_matmul(grad_weight, grad_logits.t(), hidden * is_counted)
     return loss
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. The dtype of total may be wider than that of a and b: CUDA adds to it without rounding first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

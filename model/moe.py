@@ -3,22 +3,27 @@
 One layer, step by step:
 
     router      tokens (T, D) -> scores and experts (T, K), and the load of each expert (E,)
-    permute     a row for each choice of a token, times its score, sorted by expert -> rows (R, D) with R = T K
+    permute     one row per (token, chosen expert), multiplied by that choice's score -> rows (R, D) with R = T K,
+                sorted by expert
     dispatch    rows -> the processes that hold their experts
-    experts     SwiGLU, as grouped products with one matrix for each expert
+    experts     feed-forwards, as grouped matrix multiplications with one matrix for each expert
     combine     the experts' outputs -> the processes that sent the rows
     unpermute   the sum of each token's outputs, and of the shared expert's -> (T, D)
+
+In this module a *row* is the copy of a token that is routed to one expert. The *load* of an expert is the number of
+real rows routed to it: those of real tokens (see `context.py`). Other rows are padding, which no expert processes.
 
 Dispatch and combine are the interface `Exchange` (`exchange.py`). In this package all experts are on one process;
 `parallel/experts.py` spreads them over many. The shared expert runs while rows are in flight: its first half during
 dispatch, its second half during combine.
 
 As in Llama 4, the score of a choice is the sigmoid of its logit, and multiplies the expert's *input*. Experts are
-balanced without an auxiliary loss (arXiv:2408.15664): a bias for each expert, which the trainer moves after each step,
-is added when experts are picked, and nowhere else. Loads are an output of the forward, so that neither recomputation
-nor evaluation counts them again.
+balanced without an auxiliary loss (arXiv:2408.15664): a bias for each expert is added when experts are picked, and
+nowhere else. The trainer adjusts it in each step; from `balance_until` on it fades to zero. Loads are an output of the
+forward, so that neither recomputation nor evaluation counts them again.
 
-Letters: B batch, S sequence, T = B*S tokens, D dim, F hidden, E experts, K top-k, R rows.
+Letters: B batch, S sequence, T = B*S tokens, D dim, F hidden, E experts, K top-k, R rows (in `Experts`:
+those that this process received).
 """
 
 from typing import NamedTuple
@@ -31,7 +36,7 @@ from model.config import ModelConfig
 from model.context import ForwardContext
 from model.exchange import Exchange, LocalExchange
 from model.feed_forward import FeedForward, swiglu
-from model.grouped import can_group, grouped_product, per_row_matmul
+from model.grouped import can_group, grouped_matmul, per_row_matmul
 from model.initial_values import residual_normal, scaled_normal
 from model.parts import part
 from model.permute import permute, sort_by_expert, unpermute
@@ -42,8 +47,8 @@ class Routing(NamedTuple):
     """The decisions of a router."""
 
     scores: Tensor  # (T, K) fp32
-    experts: Tensor  # (T, K); E, which is no expert, for tokens that are not real
-    loads: Tensor  # (E,) int64: real tokens of each expert
+    experts: Tensor  # (T, K); E, which is no expert, for tokens whose target is IGNORE, and for the padding of prompts
+    loads: Tensor  # (E,) int64: the number of real rows routed to each expert
     logits: Tensor  # (T, E) fp32, for `router_statistics`; with a gradient only if the loss depends on them
 
 
@@ -64,7 +69,7 @@ class Router(nn.Module):
         self.initial_values = {"weight": scaled_normal(config.dim), "noise": scaled_normal(config.dim)}
         self.register_buffer("bias", torch.zeros(config.n_experts))
 
-    # Recomputation keeps the choice of experts: computed again on a GPU, near ties could be decided differently.
+    # Recomputation keeps the choice of experts, because a GPU could decide near ties differently the second time.
     @part(recompute="full", keep=[torch.ops.aten.topk.default])
     def forward(self, x: Tensor, is_real: Tensor, noise: Tensor | None) -> Routing:
         """x (T, D), is_real (T,) bool, noise (T, E) of standard normal numbers -> Routing."""
@@ -88,7 +93,8 @@ class Router(nn.Module):
 
     def pick(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits (T, E) -> the top_k experts of each token, the best first, and their scores, both (T, K)."""
-        # sigmoid(x) rounds to 1 for every logit above 17, which makes such experts equal; sigmoid(x) - 1 does not.
+        # Experts are compared by -sigmoid(-x) = sigmoid(x) - 1. sigmoid(x) rounds to 1 for every logit above 17, which
+        # would make such experts equal; -sigmoid(-x) does not.
         experts = torch.topk(self.bias - (-logits.detach()).sigmoid(), self.top_k, dim=-1).indices
         return experts, logits.gather(1, experts).sigmoid()
 
@@ -99,11 +105,11 @@ def router_statistics(logits: Tensor, is_real: Tensor, load_shares: Tensor | Non
     Sums over real tokens of
     - the entropy of the normalized scores p,
     - the z-loss (logsumexp of the logits)^2 (arXiv:2202.08906, equation 5),
-    - the auxiliary loss E sum_e f_e p_e (arXiv:2101.03961, equation 4), where f are the load shares. It is 1 if all
-      experts are equal, and 0 without load shares.
+    - the auxiliary loss E sum_e f_e p_e (arXiv:2101.03961, equation 4), where f are the load shares. It is 1 per
+      token if loads and scores are uniform, and 0 without load shares.
     """
     log_p = F.logsigmoid(logits)
-    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # in logarithms there is neither an epsilon nor 0 / 0
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # log space needs no epsilon and avoids 0 / 0
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1).detach()
     z_loss = logits.logsumexp(-1).square()
@@ -115,7 +121,7 @@ def router_statistics(logits: Tensor, is_real: Tensor, load_shares: Tensor | Non
 
 
 class Experts(nn.Module):
-    """The SwiGLU of all routed experts at once: weights (E, D, 2F) and (E, F, D)."""
+    """The feed-forwards of all routed experts at once: weights (E, D, 2F) and (E, F, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,14 +134,14 @@ class Experts(nn.Module):
         }
 
     def resize(self, n_experts: int) -> None:
-        """Replace the weights by empty ones for another number of experts."""
+        """Replace the weights with uninitialized ones for another number of experts."""
         self.gate_up = nn.Parameter(self.gate_up.new_empty(n_experts, *self.gate_up.shape[1:]))
         self.down = nn.Parameter(self.down.new_empty(n_experts, *self.down.shape[1:]))
 
     def forward(self, rows: Tensor, counts: Tensor, host_counts: list[int] | None = None) -> Tensor:
-        """rows (R, D) sorted by expert, counts (E,) of the rows of each expert -> (R, D).
+        """rows (R, D) sorted by expert, counts (experts of this process,) of rows per expert -> (R, D).
 
-        host_counts are the same numbers as counts, if the host knows them; see `grouped_product`. If they are needed
+        host_counts are the same numbers as counts, if the host knows them; see `grouped_matmul`. If they are needed
         and not given, the host waits for the device once.
         """
         if host_counts is None and not can_group(rows.dtype, rows.device, self.gate_up.shape, self.down.shape):
@@ -144,16 +150,16 @@ class Experts(nn.Module):
 
     @part(recompute="selective")
     def process(self, rows: Tensor, counts: Tensor, host_counts: list[int] | None) -> Tensor:
-        hidden = self.activate(grouped_product(rows, self.gate_up, counts, host_counts))
-        return grouped_product(hidden, self.down, counts, host_counts)
+        hidden = self.activate(grouped_matmul(rows, self.gate_up, counts, host_counts))
+        return grouped_matmul(hidden, self.down, counts, host_counts)
 
     @part(compile=True, dynamic=True)  # the number of rows that experts receive differs from step to step
     def activate(self, x: Tensor) -> Tensor:
-        """x (R, 2F) -> (R, F)."""
+        """The SwiGLU activation: x (R, 2F) -> (R, F)."""
         return swiglu(x)
 
     def decode(self, rows: Tensor, experts: Tensor) -> Tensor:
-        """rows (R, D) in any order, the expert (R,) of each or E for none -> (R, D).
+        """rows (R, D) in any order, experts (R,): the expert of each row; E means none -> (R, D).
 
         For few rows, and without a gradient. The host waits for the device.
         """
@@ -163,7 +169,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(FeedForward):
-    """The expert that processes every token. It runs in two halves, of which recomputation repeats the first."""
+    """The expert that processes every token. With recompute=full the first half is recomputed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
@@ -178,7 +184,7 @@ class SharedExpert(FeedForward):
 class RoutedRows(NamedTuple):
     """Rows for the experts, and how to return their outputs to the order of tokens (see `permute.py`)."""
 
-    rows: Tensor  # (R, D) in expert order, times their scores; padding last
+    rows: Tensor  # (R, D) in expert order, multiplied by their scores; padding last
     order: Tensor  # (R,)
     inverse: Tensor  # (R,)
     n_real: Tensor  # (): the number of rows that are not padding
@@ -203,8 +209,8 @@ class MoE(nn.Module):
         if self._can_decode(len(tokens), context):
             return self.decode(x, context)
         routed = self.route(x, context)
-        # Autograd runs the newest nodes first. So in the backward, too, each transfer runs beside a half of the shared
-        # expert.
+        # Autograd runs the newest nodes first. So in the backward, too, each transfer overlaps with a half of the
+        # shared expert.
         dispatching = self.exchange.dispatch(routed.rows, routed.loads)
         hidden = None if self.shared is None else self.shared.project_up(tokens)
         combining = self.exchange.combine(self.experts(*dispatching.wait()), dispatching)
@@ -213,7 +219,7 @@ class MoE(nn.Module):
         return out.view_as(x), routed.loads, routed.logits
 
     def route(self, x: Tensor, context: ForwardContext) -> RoutedRows:
-        """Pick the experts of the tokens x (B, S, D), and gather a row for each choice."""
+        """Pick the experts of the tokens x (B, S, D), and gather one row per (token, chosen expert)."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens, context.is_real.flatten(), self._noise(x, context))
         order, inverse = sort_by_expert(routing.experts, len(routing.loads))
@@ -231,7 +237,7 @@ class MoE(nn.Module):
 
     @part(compile=True)
     def permute(self, tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor) -> Tensor:
-        """tokens (T, D), scores (T, K) -> rows (R, D) in expert order, times their scores."""
+        """tokens (T, D), scores (T, K) -> rows (R, D) in expert order, each multiplied by its choice's score."""
         return permute(tokens, scores, order, inverse, n_real)
 
     @part(compile=True)
@@ -241,7 +247,11 @@ class MoE(nn.Module):
         return routed if shared is None else shared + routed
 
     def _can_decode(self, n_tokens: int, context: ForwardContext) -> bool:
-        """Whether there are fewer rows than experts, as in a step of generation, and neither gradient nor transfers."""
+        """Whether `decode` can replace the general path, as in a step of generation.
+
+        That is so if there are fewer rows than experts, no gradient is computed, all experts are on this process, and
+        there are no random keys, because `decode` draws no router noise.
+        """
         has_few_rows = n_tokens * self.router.top_k < len(self.router.bias) and not torch.is_grad_enabled()
         return has_few_rows and isinstance(self.exchange, LocalExchange) and context.rng_keys is None
 

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x (..., D) over its root mean square, times weight (D,) if there is one, in the dtype of x."""
     if x.device.type == "cuda" and not torch.compiler.is_compiling():
-        # The CUDA kernel reads rows of bf16 or fp16 and adds in fp32, provided that the weight has the same dtype.
+        # The CUDA kernel reads bf16 or fp16 and adds in fp32, provided that the weight has the same dtype.
         return F.rms_norm(x, x.shape[-1:], weight if weight is None else cast(weight, x.dtype), eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = weight if weight is None else weight.to(wide)
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the norm of x (..., D), and the factor of each row (..., 1)."""
+    """Returns the norm of x (..., D), and the factor (..., 1) of each vector of D numbers."""
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale if weight is None else (x * scale).mul_(weight), scale

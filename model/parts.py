@@ -1,14 +1,14 @@
-"""Parts of a module that can run compiled, or be computed again in the backward instead of keeping their results.
+"""Parts: methods of a module that can run compiled, or be recomputed in the backward instead of keeping their results.
 
-A module declares its parts with the decorator `part`. Until `parallel/compile.py` or `parallel/recompute.py` switches a
-part on for a model, it is an ordinary method:
+A module declares its parts with the decorator `part`. A part is an ordinary method until `parallel/compile.py`
+or `parallel/recompute.py` makes the part compiled or recomputed:
 
     class FeedForward(nn.Module):
         @part(compile=True)
         def activate(self, x: Tensor) -> Tensor: ...
 
-A part sends no message to other processes, so that recomputation repeats none. A part that is compiled takes plain
-tensors only, and calls no other part.
+A part must not communicate: recomputation would repeat the message. The arguments of a part that is compiled are
+tensors, lists of tensors, or None, and it calls no other part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ class Part:
     Attributes:
         compile: whether train.compile compiles it.
         dynamic: whether it is compiled for any shape, because a shape differs from step to step.
-        recompute: the first mode of train.recompute in which it is computed again: "selective" or "full"; None: never.
+        recompute: the weakest mode of train.recompute that recomputes it: "selective" or "full"; None: none does.
         keep: operators whose results are kept although the part is recomputed.
     """
 
@@ -43,8 +43,8 @@ class Part:
     def wrap(self, module: nn.Module, wrapper: Callable[[Call], Call]) -> None:
         """Run wrapper(method) in place of the method, for this one module.
 
-        The wrapped method is kept as functools.cached_property keeps its value: Python finds it in the module's own
-        dictionary before it asks the class.
+        The wrapped method is stored as functools.cached_property stores its value: `Part` is a non-data descriptor, so
+        the instance's `__dict__` entry wins.
         """
         vars(module)[self.name] = wrapper(getattr(module, self.name))
 

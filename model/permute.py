@@ -1,13 +1,14 @@
 """Permutations of rows: from token order to expert order and back, and from packed rows to padded segments and back.
 
-Every forward and every backward here is a gather (`index_select`). No kernel adds to a row that another one writes,
-so results are exact and deterministic on a GPU.
+Rows are moved only by gathers (`index_select`), in the forward and in the backward; `permute` also multiplies each row
+by its score, and `unpermute` sums the rows of each token. There are no scatter-adds, so results are deterministic on a
+GPU.
 
-Letters: T tokens, K choices of each token (top-k), R rows, E experts, D dim, P places in padded segments.
+Letters: T tokens, K choices of each token (top-k), R rows, D dim, P padded indices: tokens and padding of all segments.
 
-`order` (R,) holds the index of the row that comes to each place, `inverse` (R,) the place of each row. In expert order
-there are R = T K rows, one for each choice, and `n_real` (a tensor without dimensions) of them belong to an expert. The
-rows behind those are padding, whose output and gradient are zero.
+`order` and `inverse` (R,) are a permutation and its inverse. In expert order there are R = T K rows, and `order[i]` is
+the index of the choice (token * K + k) in row i. The first `n_real` rows (a 0-dim tensor) belong to an expert. The rows
+after those are padding, whose output and gradient are zero.
 """
 
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor
 
 
 def sort_by_expert(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """experts (T, K) or (R,), n_experts for no expert -> order and inverse of rows sorted by expert, then by token."""
+    """experts (T, K) or (R,) -> order and inverse of rows sorted by expert, then by token.
+
+    experts are expert ids; id n_experts means none.
+    """
     # A radix sort makes one pass for each byte of its keys, so the keys are as narrow as possible.
     if n_experts < 1 << 8:
         key_dtype = torch.uint8
@@ -31,7 +35,7 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def permute(tokens: Tensor, scores: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor) -> Tensor:
-    """tokens (T, D), scores (T, K) -> rows (R, D) in expert order, each times its score."""
+    """tokens (T, D), scores (T, K) -> rows (R, D) in expert order, each multiplied by its score."""
     return _Permute.apply(tokens, scores, order, inverse, n_real)
 
 
@@ -41,22 +45,22 @@ def unpermute(rows: Tensor, order: Tensor, inverse: Tensor, n_real: Tensor, top_
 
 
 def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows (R, ...) -> the same rows in another order."""
+    """rows (R, ...) -> rows[order]; `inverse` is the inverse permutation of `order`."""
     return _Gather.apply(rows, order, inverse)
 
 
-def pad_segments(tokens: Tensor, token_at: Tensor, place_of: Tensor) -> Tensor:
+def pad_segments(tokens: Tensor, token_at: Tensor, padded_index: Tensor) -> Tensor:
     """tokens (T, ...) -> (P, ...), where segments are padded to the length of their group.
 
-    token_at (P,) is the token at each place, and place_of (T,) the place of each token. A place of padding holds some
-    token; its gradient is ignored.
+    token_at (P,) is the token at each padded index, and padded_index (T,) the padded index of each token. token_at of
+    padding is some token; its gradient there is ignored.
     """
-    return _Gather.apply(tokens, token_at, place_of)
+    return _Gather.apply(tokens, token_at, padded_index)
 
 
-def unpad_segments(groups: list[Tensor], token_at: Tensor, place_of: Tensor, padding: Tensor | None) -> Tensor:
-    """Groups of places, together (P, ...) -> tokens (T, ...). padding holds the places without a token, if any."""
-    return _UnpadSegments.apply(token_at, place_of, padding, *groups)
+def unpad_segments(groups: list[Tensor], token_at: Tensor, padded_index: Tensor, padding: Tensor | None) -> Tensor:
+    """Groups of segments, together (P, ...) -> tokens (T, ...). padding holds the indices without a token, if any."""
+    return _UnpadSegments.apply(token_at, padded_index, padding, *groups)
 
 
 def _by_choice(rows: Tensor, inverse: Tensor, n_real: Tensor, top_k: int) -> Tensor:
@@ -110,7 +114,7 @@ class _Unpermute(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """rows (R, ...) -> rows[order]. The gradient is a gather by the inverse, since each real row has one place."""
+    """rows (R, ...) -> rows[order]. The gradient is a gather by the inverse, since each real row is in it once."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -124,13 +128,13 @@ class _Gather(torch.autograd.Function):
 
 
 class _UnpadSegments(torch.autograd.Function):
-    """The results at places of padding are dropped, and their gradient is zero."""
+    """The results at indices of padding are dropped, and their gradient is zero."""
 
     @staticmethod
-    def forward(ctx: Any, token_at: Tensor, place_of: Tensor, padding: Tensor | None, *groups: Tensor) -> Tensor:
+    def forward(ctx: Any, token_at: Tensor, padded_index: Tensor, padding: Tensor | None, *groups: Tensor) -> Tensor:
         ctx.save_for_backward(token_at, padding)
         ctx.sizes = [len(group) for group in groups]
-        return torch.cat(groups).index_select(0, place_of)
+        return torch.cat(groups).index_select(0, padded_index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

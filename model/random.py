@@ -1,7 +1,10 @@
 """Random numbers as a function of where they are used, so that they do not depend on the layout of the work.
 
-Initial weights are drawn by (seed, name, expert), dropout and router noise by (seed, step, sequence, layer, site). So
-they are the same for any number of processes and any micro-batch size. No global generator is used.
+Initial weights are seeded with (seed, name, expert), dropout and router noise with (seed, step, sequence, layer, site);
+a site is an operation of a layer that draws random numbers. So they are the same for any number of processes and any
+micro-batch size. No global generator is used.
+
+A generator is seeded with a text, its `stream`, for example "seed/name".
 
 Letters: B batch, E experts.
 """
@@ -15,7 +18,7 @@ from torch import Tensor
 
 Window = Sequence[tuple[int, int]]  # (start, stop) in each dimension
 
-EMBEDDING, ATTENTION, FEED_FORWARD, NOISE = range(4)  # sites: the operations of a layer that draw random numbers
+EMBEDDING, ATTENTION, FEED_FORWARD, NOISE = range(4)  # sites
 SITES = 4
 BLOCK_NUMBERS = 1 << 25  # numbers that one generator draws for an initial weight: 128 MiB of fp32
 
@@ -23,8 +26,8 @@ BLOCK_NUMBERS = 1 << 25  # numbers that one generator draws for an initial weigh
 def initial_normal(seed: int, name: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
     """`window` of the normal initial values of parameter `name`. Of a 3-D `shape` (E, ...) each expert is drawn alone.
 
-    Only experts and blocks of rows that overlap the window are drawn, so that no process draws or holds the whole of a
-    large weight. Returns fp32 on the CPU.
+    Only experts and blocks of matrix rows that overlap the window are drawn, so that no process draws or holds the
+    whole of a large weight. Returns fp32 on the CPU.
     """
     if len(shape) == 3:
         (start, stop), *matrix_window = window
@@ -37,39 +40,40 @@ def _sizes(window: Window) -> list[int]:
     return [stop - start for start, stop in window]
 
 
-def _matrix(place: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
+def _matrix(stream: str, shape: Sequence[int], std: float, window: Window) -> Tensor:
     """`window` of a matrix, whose rows are drawn in blocks of at most BLOCK_NUMBERS, each by its own generator."""
     (start, stop), *other_dimensions = window
     columns = tuple(slice(a, b) for a, b in other_dimensions)
     rows = max(1, BLOCK_NUMBERS // math.prod(shape[1:]))
-    parts = []
+    blocks = []
     for first in range(start // rows * rows, stop, rows):
         last = min(first + rows, shape[0])
         # The first block has the seed of the name alone, so that weights of one block keep the values of old versions.
-        block = _normal(f"{place}/rows/{first}" if first else place, (last - first, *shape[1:]), std)
-        parts.append(block[(slice(max(start - first, 0), min(stop, last) - first), *columns)].clone())
-    return torch.cat(parts) if parts else torch.empty(_sizes(window))
+        block = _normal(f"{stream}/rows/{first}" if first else stream, (last - first, *shape[1:]), std)
+        blocks.append(block[(slice(max(start - first, 0), min(stop, last) - first), *columns)].clone())
+    return torch.cat(blocks) if blocks else torch.empty(_sizes(window))
 
 
-def _normal(place: str, shape: Sequence[int], std: float) -> Tensor:
-    generator = torch.Generator().manual_seed(place_seed(place))
+def _normal(stream: str, shape: Sequence[int], std: float) -> Tensor:
+    generator = torch.Generator().manual_seed(stream_seed(stream))
     return torch.empty(*shape).normal_(0, std, generator=generator)
 
 
-def place_seed(place: str) -> int:
-    """A 63-bit seed that depends on every character of `place`."""
-    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 1
+def stream_seed(stream: str) -> int:
+    """A 63-bit seed that depends on every character of `stream`."""
+    return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little") >> 1
 
 
 def sequence_keys(seed: int, step: int, index: Tensor) -> Tensor:
     """The random keys int64 (B,) of the sequences `index` (B,) of the global batch of `step`."""
-    return fold(index.to(torch.int64), place_seed(f"{seed}/{step}"))
+    return fold(index.to(torch.int64), stream_seed(f"{seed}/{step}"))
 
 
 def site_keys(keys: Tensor, n_layers: int) -> Tensor:
-    """Sequence keys (B,) -> the keys (n_layers + 1, SITES, B) of all sites: row 0 for the embedding, i + 1 for block i.
+    """Sequence keys (B,) -> the keys (n_layers + 1, SITES, B) of all sites.
 
-    They are computed together, because a single key takes a dozen operations on B numbers.
+    Index 0 is the embedding, i + 1 is block i. The keys are computed together, because a single key takes a dozen
+    operations on B numbers.
     """
     layers = torch.arange(1, n_layers + 1, device=keys.device)[:, None]
     layer_keys = torch.cat([keys[None], fold(keys, layers)])  # (n_layers + 1, B)

@@ -1,9 +1,11 @@
-"""Attention within segments of the rows: chunks, documents, or documents that are cut into chunks.
+"""Attention within segments of the sequences: chunks, documents, or documents that are cut into chunks.
 
-A segment is a run of tokens of one row. A token sees itself and the tokens before it in its segment, and nothing else.
+A segment is a run of tokens of one sequence. A token sees itself and the tokens before it in its segment, and nothing
+else.
 The borders of segments are the same for all layers of a kind, so they are computed once for each forward.
 
-Letters: B batch, S sequence, T = B*S tokens, H query heads, KV key and value heads, P places in padded segments.
+Letters: B batch, S sequence, T = B*S tokens, H query heads, KV key and value heads, P padded indices, N segments of a
+group, L their padded length.
 """
 
 import functools
@@ -31,7 +33,7 @@ FusedAttention = Callable[..., Tensor]
 
 
 class AttentionMask(Protocol):
-    """Attention in which tokens do not see the whole row up to themselves."""
+    """Attention in which tokens do not see their whole sequence up to themselves."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
         """q (B, S, H, head_dim), k and v (B, S, KV, head_dim) -> (B, S, H, head_dim)."""
@@ -54,7 +56,7 @@ def attention_masks(
 
 
 def chunk_mask(batch: int, length: int, chunk: int, device: torch.device) -> AttentionMask:
-    """The mask of rows (batch, length), each one document, that are cut into chunks of `chunk` tokens."""
+    """The mask of sequences (batch, length), each one document, that are cut into chunks of `chunk` tokens."""
     starts = torch.arange(length) % chunk == 0
     return SegmentGroups(starts.expand(batch, -1), device)
 
@@ -80,7 +82,7 @@ def segment_mask(starts: Tensor, x: Tensor, dropout: bool) -> AttentionMask:
 
 
 def _changes(x: Tensor) -> Tensor:
-    """x (B, S) -> whether each number differs from the one before it; True for the first of a row."""
+    """x (B, S) -> whether each number differs from the one before it; True for the first of a sequence."""
     return F.pad(x[:, 1:] != x[:, :-1], (1, 0), value=True)
 
 
@@ -118,29 +120,30 @@ def triton_lacks() -> str | None:
 
 
 class SegmentGroups:
-    """Causal attention of groups of segments: segments of similar lengths become the rows of one batch, without a mask.
+    """Causal attention of groups of segments: segments of similar lengths become one batch, without a mask.
 
-    Each token has one place in one group. Shorter segments are padded at their end, where causal attention hides the
-    padding from every token.
+    Shorter segments are padded at their end, where causal attention hides the padding from every token. A padded index
+    counts the tokens and the padding of all groups.
 
     Attributes:
         shapes: the number of segments of each group, and their padded length.
-        token_at: (P,) the token at each place; None if places are the tokens in their order.
-        place_of: (T,) the place of each token; None in the same case.
-        padding: the places without a token; None if there are none.
+        token_at: (P,) the token at each padded index; None if padded indices are the tokens in their order.
+        padded_index: (T,) the padded index of each token; None in the same case.
+        padding: the padded indices without a token; None if there are none.
     """
 
     def __init__(self, starts: Tensor, device: torch.device) -> None:
-        """starts (B, S) bool: whether a segment begins at a token, which must be True for the first token of a row.
+        """starts (B, S) bool: whether a segment begins at a token, which must be True for the first token of a
+        sequence.
 
         Waits for the device that holds `starts`.
         """
-        first = starts.flatten().nonzero()[:, 0].cpu()  # the first token of each segment, counted over all rows
+        first = starts.flatten().nonzero()[:, 0].cpu()  # the first token of each segment, counted over all sequences
         lengths, order = first.diff(append=torch.tensor([starts.numel()])).sort(descending=True, stable=True)
         first = first[order]
         self.shapes = _group_lengths(lengths.tolist())
         self.token_at: Tensor | None = None
-        self.place_of: Tensor | None = None
+        self.padded_index: Tensor | None = None
         self.padding: Tensor | None = None
         tokens, filled = [], []
         begin = 0
@@ -152,28 +155,28 @@ class SegmentGroups:
             filled.append(is_token.flatten())
             begin += count
         token_at, is_filled = torch.cat(tokens), torch.cat(filled)
-        places = is_filled.nonzero()[:, 0]
-        has_padding = len(places) < len(token_at)
+        filled_indices = is_filled.nonzero()[:, 0]
+        has_padding = len(filled_indices) < len(token_at)
         if len(self.shapes) > 1 or has_padding:
-            place_of = torch.empty(starts.numel(), dtype=torch.int64)
-            place_of[token_at[places]] = places
-            self.token_at, self.place_of = token_at.to(device), place_of.to(device)
+            padded_index = torch.empty(starts.numel(), dtype=torch.int64)
+            padded_index[token_at[filled_indices]] = filled_indices
+            self.token_at, self.padded_index = token_at.to(device), padded_index.to(device)
             if has_padding:
                 self.padding = (~is_filled).nonzero()[:, 0].to(device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, fused: FusedAttention) -> Tensor:
         shape = q.shape
         qkv = [t.flatten(0, 1) for t in (q, k, v)]
-        if self.token_at is not None and self.place_of is not None:
-            qkv = [pad_segments(t, self.token_at, self.place_of) for t in qkv]
+        if self.token_at is not None and self.padded_index is not None:
+            qkv = [pad_segments(t, self.token_at, self.padded_index) for t in qkv]
         sizes = [count * length for count, length in self.shapes]
         outs = []
         for (count, length), *group in zip(self.shapes, *(t.split(sizes) for t in qkv), strict=True):
             q, k, v = (t.unflatten(0, (count, length)).transpose(1, 2) for t in group)
             outs.append(fused(q, k, v, causal=True).transpose(1, 2).flatten(0, 1))
-        if self.token_at is None or self.place_of is None:
+        if self.token_at is None or self.padded_index is None:
             return outs[0].view(shape)
-        return unpad_segments(outs, self.token_at, self.place_of, self.padding).view(shape)
+        return unpad_segments(outs, self.token_at, self.padded_index, self.padding).view(shape)
 
 
 def _group_lengths(lengths: list[int]) -> list[tuple[int, int]]:

@@ -32,7 +32,7 @@ class Output(NamedTuple):
 
     loss: Tensor | None  # the sum over all targets but IGNORE; None without targets
     logits: Tensor | None  # (B, S, V); None with targets
-    loads: Tensor  # (MoE layers, E) int64: real tokens sent to each expert
+    loads: Tensor  # (MoE layers, E) int64: real rows routed to each expert, see `moe.py`
     penalty: Tensor  # the sum of the routers' auxiliary loss and z-loss, times their weights; to be added to the loss
     statistics: Tensor  # (MoE layers, 3), see `moe.router_statistics`; zero outside of training
 
@@ -150,8 +150,8 @@ class Transformer(nn.Module):
             rng_keys: (n_layers + 1, SITES, B), the random keys of all sites (`random.site_keys`); by default neither
                 dropout nor router noise.
             cache: keys and values of earlier tokens. The first forward with a cache takes prompts, padded on the right
-                to the longest, and each later one (B, 1) tokens. A row is one document, and logits (B, 1, V) are those
-                after its last token.
+                to the longest, and each later one (B, 1) tokens. A sequence is one document, and logits (B, 1, V) are
+                those after its last token.
             load_shares: (MoE layers, E), each expert's share of the global batch's load, for the auxiliary loss.
 
         Raises ValueError if a cache is combined with targets, positions or documents, or if tokens do not fit it.
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
             if targets is not None or positions is not None or documents is not None:
                 raise ValueError(
                     "cache: does not go together with targets, positions or documents; it has its own positions, and "
-                    "each row is one document"
+                    "each sequence is one document"
                 )
             positions, is_real = cache.start_step(tokens.shape[1])
         x = self.embedding(tokens).to(self.compute_dtype)
@@ -207,7 +207,7 @@ class Transformer(nn.Module):
             return router_statistics(torch.stack(logits), is_real.flatten(), load_shares)
 
     def new_cache(self, prompts: Sequence[int], capacity: int) -> KVCache:
-        """An empty cache for prompts of these lengths, and rows of at most `capacity` tokens."""
+        """An empty cache for prompts of these lengths, and sequences of at most `capacity` tokens."""
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
         return KVCache(self.config, prompts, capacity, like)
 
@@ -215,8 +215,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int, local: Callable[[str, Tensor], tuple[Tensor, Window]] | None = None) -> None:
         """Fill all weights by (seed, name), bitwise the same however they are sharded, and all buffers with zeros.
 
-        `local(name, parameter)` returns this process's part of a parameter, and its window in the whole. By default the
-        part is the whole. Raises LookupError for a parameter whose module declares no initial values.
+        `local(name, parameter)` returns this process's shard of a parameter, and its window in the whole parameter. By
+        default the shard is the whole. Raises LookupError for a parameter whose module declares no initial values.
         """
         for name, parameter in self.named_parameters():
             values = initial_values(self, name)

@@ -1,6 +1,6 @@
 """A model on this process: built on the meta device, sharded, and then filled in place.
 
-No process ever holds the whole model.
+If parallel.shard is above 1, no process ever holds the whole model.
 """
 
 import torch
@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.moe import Experts
 from model.transformer import Transformer
 from parallel.compile import compile_parts
-from parallel.experts import ExpertPlacement, as_global_dtensor, distribute
+from parallel.experts import ExpertPlacement, distribute, parameter_as_global_dtensor
 from parallel.fsdp import shard, to_local, to_local_with_window
 from parallel.mesh import Mesh
 from parallel.recompute import recompute_parts
@@ -26,12 +26,12 @@ def build_model(
     recompute: str = "none",
     compile: bool = False,
 ) -> Transformer:
-    """This process's part of the model, with its initial weights (fp32).
+    """This process's shards of the model, with its initial weights (fp32).
 
     Args:
         dtype: that of the activations.
         mesh: the processes that share the model; None for a single process.
-        overlap: whether the exchange of rows runs beside the shared expert (parallel.overlap).
+        overlap: whether the exchange of rows overlaps with the shared expert (parallel.overlap).
         recompute: train.recompute: none, selective or full.
         compile: train.compile.
     """
@@ -50,5 +50,7 @@ def build_model(
         if isinstance(module, Experts):
             for weight in module.parameters():
                 to_local(weight).zero_()  # slots without an expert keep these zeros
-    model.init_weights(seed, lambda name, parameter: to_local_with_window(as_global_dtensor(model, name, parameter)))
+    model.init_weights(
+        seed, lambda name, parameter: to_local_with_window(parameter_as_global_dtensor(model, name, parameter))
+    )
     return model

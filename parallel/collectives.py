@@ -49,10 +49,10 @@ def first_error(error: str | None, group: dist.ProcessGroup | None = None) -> st
     return broadcast(errors[0] if errors else None, group)
 
 
-def sum_over_ranks(*parts: Tensor) -> list[Tensor]:
+def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
     """Sums of tensors over all ranks, in fp64 on the CPU, by one all-reduce. Exact for integers below 2^53."""
-    flat = torch.cat([p.detach().to(torch.float64).flatten() for p in parts])
+    flat = torch.cat([t.detach().to(torch.float64).flatten() for t in tensors])
     if dist.is_initialized():
         dist.all_reduce(flat)
     flat = flat.cpu()
-    return [s.view(p.shape) for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+    return [s.view(t.shape) for s, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]

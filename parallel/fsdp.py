@@ -87,7 +87,7 @@ def _prefetch(model: Transformer) -> None:
 
 
 def _expert_placement(weight: Tensor, expert_shard: int) -> Shard:
-    """Shards weight (E, in, out) on its first matrix dimension that `expert_shard` divides.
+    """Shards weight (experts, in, out) on its first matrix dimension that `expert_shard` divides.
 
     There is one: `mesh.resolve_degrees` raises MeshError otherwise.
     """
@@ -96,7 +96,7 @@ def _expert_placement(weight: Tensor, expert_shard: int) -> Shard:
 
 def _units(module: nn.Module) -> Iterator[FSDPModule]:
     """The FSDP units inside a module, the module itself included."""
-    return (part for part in module.modules() if isinstance(part, FSDPModule))
+    return (unit for unit in module.modules() if isinstance(unit, FSDPModule))
 
 
 def to_local(tensor: Tensor) -> Tensor:
@@ -107,11 +107,11 @@ def to_local(tensor: Tensor) -> Tensor:
 
 def to_local_with_window(tensor: Tensor) -> tuple[Tensor, Window]:
     """This rank's shard of a tensor, and its window (start, stop) in each dimension of the full tensor."""
-    part = to_local(tensor)
+    local_shard = to_local(tensor)
     if not isinstance(tensor, DTensor):
-        return part, [(0, size) for size in part.shape]
+        return local_shard, [(0, size) for size in local_shard.shape]
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return part, [(start, start + size) for start, size in zip(offset, shape, strict=True)]
+    return local_shard, [(start, start + size) for start, size in zip(offset, shape, strict=True)]
 
 
 def set_gradient_sync(model: Transformer, enabled: bool) -> None:

@@ -1,8 +1,10 @@
 """What happens to the gradients between the backward and the optimizer: sums over ranks, the global norm, and the clip.
 
 First the gradients of the routers are summed over all ranks, because FSDP ignores the routers. Then `trainer/step.py`
-sends the sum of squares of this rank's gradients, the loss, the loads of the experts and the stop flag in a single
-all-reduce. That is the only moment at which a step waits for the device and for the other ranks.
+sends the sum of squares of this rank's gradients, the loss, the loads of the experts, the routers' statistics, and the
+flags for stop, requeue and checkpoint-ready in a single all-reduce. At the end of the backward this is the only wait
+for the device and the other ranks. In the forward the host also waits once in each MoE layer if parallel.expert is
+above 1 or `grouped_mm` has no kernel, and the auxiliary loss needs one more all-reduce.
 """
 
 import torch
@@ -24,12 +26,12 @@ def sum_replicated(model: nn.Module) -> None:
         return
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    sums = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [total.view_as(g) for total, g in zip(sums, gradients, strict=True)])
 
 
 def sum_of_squares(model: nn.Module, replicate: int = 1) -> Tensor:
-    """This rank's part of the squared global norm of the gradients: an fp64 scalar, to be summed over all ranks.
+    """This rank's summand of the squared global norm of the gradients: an fp64 scalar, to be summed over all ranks.
 
     A gradient that several ranks hold is divided by their number. The sum is not finite if any gradient is not finite.
     """
@@ -45,10 +47,10 @@ def sum_of_squares(model: nn.Module, replicate: int = 1) -> Tensor:
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
-    parts = [g for g in gradients if g.numel()]
-    if not parts:
+    nonempty = [g for g in gradients if g.numel()]
+    if not nonempty:
         return torch.zeros((), dtype=torch.float64)
-    norms = torch.stack(torch._foreach_norm(parts)).to(torch.float64)
+    norms = torch.stack(torch._foreach_norm(nonempty)).to(torch.float64)
     return norms.square().sum()
 
 

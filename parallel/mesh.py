@@ -1,9 +1,9 @@
 """The processes of a run, the degrees of parallelism, and the device mesh that the processes form.
 
-The root mesh has the dimensions (replicate, expert_shard, expert); consecutive ranks are neighbors in `expert`. Dense
-weights are sharded over `shard` = expert_shard x expert. The experts are distributed over the ranks of `expert`, and
-each expert is sharded over `expert_shard`. `replicate` holds copies of both. Degrees that are not possible raise a
-MeshError of one line before any process group is created.
+There are two meshes over the same ranks. `dense` has the dimensions (replicate, shard); dense weights are sharded over
+`shard`. `sparse` splits `shard` into (expert_shard, expert); consecutive ranks are neighbors in `expert`. The experts
+are distributed over the ranks of `expert`, and each expert is sharded over `expert_shard`. `replicate` holds copies of
+both. Degrees that are not possible raise a MeshError of one line before any process group is created.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from model.config import ModelConfig
 from parallel.experts import ExpertPlacement
 
-MAX_PADDING_RATIO = 1.10  # expert slots over experts; above this `padding_warning` has a line
+MAX_PADDING_RATIO = 1.10  # expert slots over experts; above this `padding_warning` returns a line
 
 
 class MeshError(ValueError):

@@ -1,8 +1,9 @@
 """train.recompute: parts of the model that keep only their inputs, and are computed again in the backward.
 
-The parts declare it (`model/parts.py`). Each is recomputed alone, so that no message is sent again, no transfer is
-started that nothing waits for, and rows are dispatched and combined in the same order as without recomputation.
-- `selective` recomputes the norm and attention, and the SwiGLU of the experts.
+The parts are declared with `@part(recompute=...)` (`model/parts.py`). Each is recomputed alone, so that no message is
+sent again, no transfer is left unfinished, and rows are dispatched and combined in the same order as without
+recomputation.
+- `selective` recomputes the norm and attention, and the routed experts.
 - `full` recomputes, in addition, the residual sum after attention with the second norm; the router, except its choice,
   because near ties could be decided differently the second time; and the first half of the shared expert, or a dense
   feed-forward.
@@ -24,7 +25,7 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {"none": (), "selective": ("selective",
 
 
 def recompute_parts(model: nn.Module, mode: str) -> None:
-    """Make the parts of a model recompute by `mode`: none, selective or full."""
+    """Enable recomputation of the parts that `mode` includes: none, selective or full."""
     for module, part in parts_of(model):
         if part.recompute in RECOMPUTED[mode]:
             part.wrap(module, partial(_recomputed, part))

@@ -1,8 +1,9 @@
-"""How the processes of a run find each other, and no process of an earlier start of the same run.
+"""How the processes of a run find each other, and avoid the processes of an earlier launch.
 
-torchrun keeps its key-value store when it restarts the workers, with every key that the earlier generation of workers
-wrote. torch's own rendezvous then reads the addresses of processes that have exited, and waits for them until it times
-out. Therefore the ranks first agree on a prefix for their keys that no earlier generation can know.
+A launch is one start of all workers by torchrun. torchrun keeps its key-value store when it launches the workers again,
+with every key that the workers of the earlier launch wrote. torch's own rendezvous then reads the addresses of
+processes that have exited, and waits for them until it times out. Therefore the ranks first agree on a prefix for their
+keys that no earlier launch can know.
 """
 
 import datetime
@@ -25,7 +26,7 @@ RECONNECT_INTERVAL_S = 0.2
 
 
 def join_store(world: World, timeout: float, give_up: Callable[[], bool] = lambda: False) -> dist.Store | None:
-    """A store to which only the ranks of this generation write.
+    """A store to which only the ranks of this launch write.
 
     If a process group exists, this is its store. Returns None for a single process, or if MASTER_ADDR is not set.
     Raises TimeoutError after `timeout` seconds, or as soon as `give_up` returns True; the message names the ranks that
@@ -40,11 +41,11 @@ def join_store(world: World, timeout: float, give_up: Callable[[], bool] = lambd
     process_id = uuid.uuid4().hex  # unlike a pid, it is never used again
     while True:
         if world.rank == 0:
-            generation = _announce_generation(store, world, process_id)
+            launch = _announce_launch(store, world, process_id)
         else:
-            generation = _find_generation(store, world, process_id)
-        if generation is not None:
-            return dist.PrefixStore(generation, store)
+            launch = _find_launch(store, world, process_id)
+        if launch is not None:
+            return dist.PrefixStore(launch, store)
         waited = time.monotonic() - start
         if waited > timeout or give_up():
             raise TimeoutError(
@@ -115,40 +116,40 @@ def second_connection(store: dist.Store, prefix: str) -> dist.Store:
     return dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
 
 
-def _announce_generation(store: dist.Store, world: World, process_id: str) -> str | None:
-    """Rank 0: publish the name of this generation with the process ids of all other ranks, and wait for their answers.
+def _announce_launch(store: dist.Store, world: World, process_id: str) -> str | None:
+    """Rank 0: publish the name of this launch with the process ids of all other ranks, and wait for their answers.
 
     Returns the name once all ranks have answered, else None: call it again.
     """
     names = [f"here/{rank}" for rank in range(1, world.size)]
     if not store.check(names):
         return None
-    store.set("generation", json.dumps([process_id, *(value.decode() for value in store.multi_get(names))]))
+    store.set("launch", json.dumps([process_id, *(value.decode() for value in store.multi_get(names))]))
     all_answered = store.check([f"{process_id}/{name}" for name in names])
     return process_id if all_answered else None
 
 
-def _find_generation(store: dist.Store, world: World, process_id: str) -> str | None:
-    """Another rank: publish this process's id, and answer to a generation that lists it.
+def _find_launch(store: dist.Store, world: World, process_id: str) -> str | None:
+    """Another rank: publish this process's id, and answer to a launch that lists it.
 
-    A generation that lists another process for this rank is an earlier one. Returns the name of the generation, or None
-    if there is none yet: call it again.
+    A launch that lists another process for this rank is an earlier one. Returns the name of the launch, or None if
+    there is none yet: call it again.
     """
     store.set(f"here/{world.rank}", process_id)
-    if not store.check(["generation"]):
+    if not store.check(["launch"]):
         return None
-    generation, *process_ids = json.loads(store.get("generation"))
+    launch, *process_ids = json.loads(store.get("launch"))
     if process_ids[world.rank - 1] != process_id:
         return None
-    store.set(f"{generation}/here/{world.rank}", "")
-    return generation
+    store.set(f"{launch}/here/{world.rank}", "")
+    return launch
 
 
 def _missing_ranks(store: dist.Store, world: World) -> str:
     """The ranks that have not written to the store, in words."""
     if world.rank > 0:
-        return "other ranks" if store.check(["generation"]) else "rank 0"
+        return "other ranks" if store.check(["launch"]) else "rank 0"
     missing = [str(rank) for rank in range(1, world.size) if not store.check([f"here/{rank}"])]
-    if not missing:  # all keys exist, but those of some ranks are from an earlier generation
+    if not missing:  # all keys exist, but those of some ranks are from an earlier launch
         return "the processes of other ranks that were restarted"
     return f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}"

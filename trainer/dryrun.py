@@ -110,7 +110,7 @@ def memory_table(memory: Memory, device: torch.device, dtype: torch.dtype) -> li
         "workspace": f"workspace: {memory.phase}",
         "exchange": "rows exchanged between ranks",
     }
-    lines = [f"{names[part]:34} {_gib(size):>12}" for part, size in memory.parts().items()]
+    lines = [f"{names[part]:34} {_gib(size):>12}" for part, size in memory.items().items()]
     if device.type == "cuda":
         lines.append(f"not counted by torch's allocator: {OUTSIDE_ALLOCATOR}")
     return lines

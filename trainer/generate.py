@@ -110,7 +110,7 @@ def generate_batch(
                     if len(ids[story]) < max_lengths[story]:
                         unfinished_rows.append(row)
             if 0 < len(unfinished_rows) < len(stories):
-                cache.keep_rows(unfinished_rows)
+                cache.keep_sequences(unfinished_rows)
             stories = [stories[row] for row in unfinished_rows]
             inputs = [ids[story][-1:] for story in stories]
     finally:

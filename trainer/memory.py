@@ -1,12 +1,13 @@
-"""The memory that a rank needs at the peak of a training step, as a sum of parts: the estimate of `--dry-run`.
+"""The memory that a rank needs at the peak of a training step, as a sum of items: the estimate of `--dry-run`.
 
-A step can have its peak in the head or in the backward of the last block, where all activations of a micro-batch are
-held, or at the end of the backward. The estimate is the largest of these. It counts what torch's allocator hands out on
+A step can have its peak at one of four moments: in the head's forward, in the head's backward, or in the backward of
+the last block, when all activations of a micro-batch are held; or at the end of the backward, in the last reduction of
+gradients. The estimate is the largest of these. It counts what torch's allocator hands out on
 CUDA, with compiled parts unless train.compile=false, and assumes that rows spread evenly over the experts.
 docs/parallel.md compares it with the allocator's own numbers.
 
-"Products" are matrix products; `element_bytes` is the size of a number in their dtype. If that is 4, nothing is cast,
-and there are no copies of weights in another dtype.
+`element_bytes` is the size of a number in the dtype of the matrix multiplications. If that is 4, nothing is cast, and
+there are no copies of weights in another dtype.
 """
 
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ import torch
 
 from data.loader import BatchLayout
 from model.config import ModelConfig
-from model.loss import chunk_rows
+from model.loss import tokens_per_chunk
 from parallel.experts import ExpertPlacement
 from parallel.fsdp import ONE_UNIT_BYTES
 from parallel.mesh import Degrees
@@ -30,21 +31,21 @@ OUTSIDE_ALLOCATOR = "about 1 to 1.5 GiB (the CUDA context, loaded kernels, NCCL'
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a rank holds in one phase of a step, in parts."""
+    """Bytes that a rank holds in one phase of a step, by item."""
 
     phase: str
     state: int  # fp32 weights and the state of the optimizer
     gradients: int
-    weights: int  # in the dtype of the products: gathered by FSDP, or cast
+    weights: int  # in the dtype of the matrix multiplications: gathered by FSDP, or cast
     activations: int  # kept from the forward to the backward
     workspace: int  # temporary tensors of the phase itself
     exchange: int  # rows that are sent to experts of other ranks, or received
 
     @property
     def total(self) -> int:
-        return sum(self.parts().values())
+        return sum(self.items().values())
 
-    def parts(self) -> dict[str, int]:
+    def items(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "phase"}
 
 
@@ -54,7 +55,7 @@ class Plan:
 
     config: Config
     vocab_size: int
-    element_bytes: int  # of a number in the dtype of the products
+    element_bytes: int  # of a number in the dtype of the matrix multiplications
     degrees: Degrees
     layout: BatchLayout
 
@@ -78,7 +79,7 @@ class Plan:
 
     @property
     def cast_bytes(self) -> int:
-        """Bytes of the copy of an fp32 number in the dtype of the products; 0 if they are in fp32."""
+        """Bytes of the copy of an fp32 number in the dtype of the matrix multiplications; 0 if they are in fp32."""
         return self.element_bytes if self.element_bytes < 4 else 0
 
     @property
@@ -170,7 +171,7 @@ class Plan:
 
 
 def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: Degrees, layout: BatchLayout) -> Memory:
-    """What a rank holds at the peak of a training step whose products are in `dtype`."""
+    """The memory of a rank at the peak of a training step whose matrix multiplications are in `dtype`."""
     plan = Plan(config, vocab_size, dtype.itemsize, degrees, layout)
     phases = (head_forward(plan), head_backward(plan), block_backward(plan), last_reduction(plan))
     return max(phases, key=lambda memory: memory.total)
@@ -178,7 +179,7 @@ def memory_needed(config: Config, vocab_size: int, dtype: torch.dtype, degrees: 
 
 def head_forward(p: Plan) -> Memory:
     """The last chunk of logits in the head's forward, which also computes the gradients of head and hidden states."""
-    logits = chunk_rows(p.tokens, p.vocab_size, torch.device("cuda")) * p.vocab_size
+    logits = tokens_per_chunk(p.tokens, p.vocab_size, torch.device("cuda")) * p.vocab_size
     fp32_bytes = 0 if p.is_compiled or not p.cast_bytes else 4 + 4  # uncompiled: also logits and softmax in fp32
     gradients = 4 * p.embedding + p.tokens * p.model.dim * p.element_bytes
     weights = 0 if p.world == 1 else head_weights(p, 0 if p.model.tie_embeddings else p.embedding)
@@ -223,8 +224,9 @@ def block_backward(p: Plan) -> Memory:
 def expert_backward(p: Plan) -> int:
     """Bytes that the backward of a layer's experts needs at most, minus the activations that it has freed by then.
 
-    The backward goes through `down`, whose input (F numbers per row) is then freed, through SwiGLU, whose input and
-    gradient have 2 F numbers per row, and through `gate_up`, whose gradient is computed in the dtype of the products.
+    The backward goes through `down`, whose input (F numbers per row) is then freed, through the SwiGLU activation,
+    whose input and gradient have 2 F numbers per row, and through `gate_up`, whose gradient is computed in the dtype of
+    the matrix multiplications. F is `model.expert_dim`; a row is the copy of a token that is routed to one expert.
     """
     hidden = p.tokens * p.model.top_k * p.model.expert_dim * p.element_bytes
     # FSDP reduces the gradients of both matrices together, so it holds both
@@ -263,7 +265,7 @@ def last_reduction(p: Plan) -> Memory:
 
 
 def with_activations(p: Plan, phase: str, gradients: int, weights: int, workspace: int, exchange: int = 0) -> Memory:
-    """The memory of a phase in which all activations are held, with the parts that all these phases share."""
+    """The memory of a phase in which all activations are held, with the items that all these phases share."""
     recompute = p.config.train.recompute
     bytes_per_token = sum(
         kept_bytes(p.model, layer, recompute, p.element_bytes, p.is_compiled) for layer in range(p.model.n_layers)

@@ -20,7 +20,7 @@ from data.loader import Batch, Step
 from model.config import ModelConfig
 from model.moe import Router
 from model.precision import weights_unchanged
-from model.random import place_seed, sequence_keys, site_keys
+from model.random import sequence_keys, site_keys, stream_seed
 from model.transformer import Output, Transformer
 from parallel import collectives, fsdp, gradients
 from parallel.experts import ExpertPlacement
@@ -91,7 +91,7 @@ def forward_backward(run: Run, batch: Step) -> tuple[Tensor, Tensor, Tensor]:
     statistics: Tensor | int = 0
     if config.model.attention_dropout:
         # Fused attention takes no random keys, so its dropout is reproducible only on the same mesh.
-        torch.manual_seed(place_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
+        torch.manual_seed(stream_seed(f"{config.train.seed}/{run.step}/{run.world.rank}"))
     run.watchdog.mark("forward", run.step + 1)
     shares = load_shares(run, batch) if config.model.aux_loss_weight and config.model.moe_layers else None
     for number, micro_batch in enumerate(batch.micro_batches, start=1):

@@ -49,7 +49,7 @@ def test_rows_that_are_kept_continue_as_before():
     model, tokens = make().eval(), random_tokens(len(LENGTHS), 40)
     _, cache = generate_logits(model, tokens, LENGTHS, 20)
     rows = [5, 0, 3]
-    cache.keep_rows(rows)
+    cache.keep_sequences(rows)
     last = [length - 1 for length in cache.lengths]
     got = model(tokens[rows, last][:, None], cache=cache).logits
     whole = model(tokens).logits
@@ -71,13 +71,13 @@ def test_cache_of_a_layer_with_chunks_holds_one_chunk(capacity, chunked):
 def test_tokens_that_do_not_fit_the_cache_raise_an_error():
     model, tokens = make().eval(), random_tokens(2, 12)
     cache = model.new_cache([5, 3], 6)
-    with pytest.raises(ValueError, match="4 tokens a row do not fit prompts"):
+    with pytest.raises(ValueError, match="4 tokens per sequence do not fit prompts"):
         model(tokens[:, :4], cache=cache)
     model(tokens[:, :5], cache=cache)
-    with pytest.raises(ValueError, match="2 tokens a row do not fit rows"):
+    with pytest.raises(ValueError, match="2 tokens per sequence do not fit sequences"):
         model(tokens[:, :2], cache=cache)
     model(tokens[:, :1], cache=cache)
-    with pytest.raises(ValueError, match="do not fit rows of lengths .7, 5. in a cache of 6 tokens"):
+    with pytest.raises(ValueError, match="do not fit sequences of lengths .7, 5. in a cache of 6 tokens"):
         model(tokens[:, :1], cache=cache)
-    with pytest.raises(ValueError, match="each row is one document"):
+    with pytest.raises(ValueError, match="each sequence is one document"):
         model(tokens, documents=tokens, cache=model.new_cache([12, 12], 12))

@@ -73,11 +73,11 @@ def test_keys_of_all_layers_need_as_many_operations_as_of_one():
 
 def test_chunks_of_logits_fill_a_gpu_and_are_even():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert loss.chunk_rows(16384, 32000, cpu) == 256
-    assert loss.chunk_rows(16384, 32000, gpu) == 4096  # four chunks; 2^27 logits would be 4,194 rows
-    assert loss.chunk_rows(100, 32000, gpu) == 100
+    assert loss.tokens_per_chunk(16384, 32000, cpu) == 256
+    assert loss.tokens_per_chunk(16384, 32000, gpu) == 4096  # four chunks; 2^27 logits would be 4,194 rows
+    assert loss.tokens_per_chunk(100, 32000, gpu) == 100
     for tokens in (1, 4195, 16384, 16385, 99999):
-        rows = loss.chunk_rows(tokens, 32000, gpu)
+        rows = loss.tokens_per_chunk(tokens, 32000, gpu)
         chunks = -(-tokens // rows)
         assert rows * 32000 <= 1 << 27 and rows * chunks - tokens < chunks
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import ModelConfig
 from model.context import ForwardContext
 from model.exchange import LocalExchange, ReceivedRows
-from model.grouped import can_group, grouped_product
+from model.grouped import can_group, grouped_matmul
 from model.moe import MoE, Router, router_statistics
 from model.random import site_keys
 
@@ -162,10 +162,10 @@ def test_padding_is_not_counted_in_loads():
 
 @pytest.mark.parametrize("counts", [[0, 3, 2], [5, 0, 0], [0, 0, 5], [1, 0, 4], [0, 0, 0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_grouped_product_accepts_empty_groups(counts, dtype):
+def test_grouped_matmul_accepts_empty_groups(counts, dtype):
     rows, weight = torch.randn(sum(counts), 8, dtype=dtype), torch.randn(3, 8, 16, dtype=dtype)
     rows.requires_grad_(), weight.requires_grad_()
-    out = grouped_product(rows, weight, torch.tensor(counts))
+    out = grouped_matmul(rows, weight, torch.tensor(counts))
     out.sum().backward()  # an expanded gradient, which grouped_mm itself refuses
     groups = zip(rows.detach().split(counts), weight.detach(), strict=True)
     expected = torch.cat([group.float() @ matrix.float() for group, matrix in groups])
@@ -177,7 +177,7 @@ def test_grouped_product_accepts_empty_groups(counts, dtype):
 def test_padding_rows_have_no_effect_on_gradients(dtype):
     rows, weight = torch.randn(6, 8, dtype=dtype, requires_grad=True), torch.randn(2, 8, 16, dtype=dtype)
     weight.requires_grad_()
-    out = grouped_product(rows, weight, torch.tensor([1, 3]))
+    out = grouped_matmul(rows, weight, torch.tensor([1, 3]))
     out.backward(torch.full_like(out, float("nan")).index_fill(0, torch.arange(4), 1.0))
     assert weight.grad.isfinite().all() and rows.grad[:4].isfinite().all()
     torch.testing.assert_close(out[:4], torch.cat([rows[:1] @ weight[0], rows[1:4] @ weight[1]]))
@@ -188,7 +188,7 @@ def test_widths_that_no_kernel_supports_use_a_loop():
     assert not can_group(torch.float32, torch.device("cpu"), torch.Size((3, 5, 16)))
     assert not can_group(torch.float64, torch.device("cpu"), torch.Size((3, 8, 16)))
     rows, weight = torch.randn(4, 5), torch.randn(2, 5, 3)
-    torch.testing.assert_close(grouped_product(rows, weight, torch.tensor([1, 3]))[1:], rows[1:] @ weight[1])
+    torch.testing.assert_close(grouped_matmul(rows, weight, torch.tensor([1, 3]))[1:], rows[1:] @ weight[1])
 
 
 def test_shared_expert_runs_between_start_and_wait():

@@ -88,7 +88,7 @@ def test_segment_groups_equal_a_boolean_mask(data, length, batch, slack):
     if groups.token_at is None:
         assert places == starts.numel() and len(groups.shapes) == 1
     else:
-        assert torch.equal(groups.token_at[groups.place_of], torch.arange(starts.numel()))
+        assert torch.equal(groups.token_at[groups.padded_index], torch.arange(starts.numel()))
     qkv = heads(batch, length)
     direction = torch.randn(batch, length, 4, 4, dtype=torch.float64)
     out, expected = groups.attend(*qkv, fused), masked(*qkv, starts.cumsum(1))

@@ -14,7 +14,7 @@ from model.moe import Experts, MoE
 from model.random import sequence_keys, site_keys
 from parallel import collectives, fsdp, gradients
 from parallel.build import build_model
-from parallel.experts import AllToAllExchange, ExpertPlacement, Transfer, as_global_dtensor, distribute
+from parallel.experts import AllToAllExchange, ExpertPlacement, Transfer, distribute, parameter_as_global_dtensor
 from parallel.mesh import World, make_mesh, resolve_degrees
 from parallel.recompute import recompute_parts
 from trainer.checkpoint.load import weights_digest
@@ -66,7 +66,7 @@ def one_step(replicate=1, reduce="once", micro_batches=3, **keys):
     square, loss = collectives.sum_over_ranks(gradients.sum_of_squares(model, replicate), loss)
     grads = {}
     for name, p in model.named_parameters():
-        grad = as_global_dtensor(model, name, p.grad)
+        grad = parameter_as_global_dtensor(model, name, p.grad)
         grads[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).numpy()
     return {"grads": grads, "norm": float(square.sqrt()), "loss": float(loss)}
 
@@ -357,7 +357,7 @@ def expert_shapes(**keys):
     found = {}
     for name, p in model.named_parameters():
         if ".experts." in name:
-            found[name] = tuple(fsdp.to_local(p).shape), tuple(as_global_dtensor(model, name, p).shape)
+            found[name] = tuple(fsdp.to_local(p).shape), tuple(parameter_as_global_dtensor(model, name, p).shape)
     return found
 
 

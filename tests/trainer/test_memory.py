@@ -46,7 +46,7 @@ def test_every_simulated_case_is_compared():
 
 def test_parts_add_up_and_depend_on_the_settings():
     one, two = scout(1).need(), scout(2).need()
-    assert one.total == sum(one.parts().values())
+    assert one.total == sum(one.items().values())
     assert one.state == 12 * 1_276_189_440 and one.state / 2 < two.state < 0.52 * one.state  # 31 experts on 2: 16, 15
     modes = [scout(2, f"train.recompute={mode}").need() for mode in ("none", "selective", "full")]
     assert modes[0].activations > modes[1].activations > modes[2].activations

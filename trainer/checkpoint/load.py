@@ -15,7 +15,7 @@ from model.moe import Router
 from model.transformer import Transformer
 from parallel import collectives
 from parallel.build import build_model
-from parallel.experts import as_global_dtensor
+from parallel.experts import parameter_as_global_dtensor
 from trainer import devices, machine
 from trainer.checkpoint import block_io, layout
 from trainer.checkpoint.folder import TOKENIZER, Checkpoint, newest_checkpoint, no_usable_checkpoint, resolve_checkpoint
@@ -27,9 +27,9 @@ def checkpoint_tensors(model: Transformer, optimizer: torch.optim.Optimizer | No
     """The tensors of a checkpoint by name, as views of the live tensors: to load into them sets the model."""
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        named[name] = as_global_dtensor(model, name, parameter.detach())
+        named[name] = parameter_as_global_dtensor(model, name, parameter.detach())
         for key, value in optimizer.state[parameter].items() if optimizer is not None else ():
-            named[f"optim.{key}.{name}"] = as_global_dtensor(model, name, value) if value.ndim else value
+            named[f"optim.{key}.{name}"] = parameter_as_global_dtensor(model, name, value) if value.ndim else value
     named.update({name: b for name, b in model.named_buffers()})
     return named
 

@@ -65,7 +65,7 @@ def _check(check: Check, name: str, case: Case) -> None:
 def _product(rows: Tensor, weight: Tensor, upstream: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The project's product, and its gradients of rows and weight."""
     rows, weight = rows.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = project.grouped_product(rows, weight, counts)
+    out = project.grouped_matmul(rows, weight, counts)
     (out[: len(upstream)].float() * upstream.float()).sum().backward()
     assert rows.grad is not None and weight.grad is not None
     return out, rows.grad, weight.grad

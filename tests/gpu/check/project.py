@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import parallel.build
-from model.grouped import grouped_product
+from model.grouped import grouped_matmul
 from model.initial_values import Constant, initial_values
 from model.loss import IGNORE, Loss, linear_cross_entropy
 from model.precision import weights_unchanged
@@ -43,7 +43,7 @@ __all__ = [
     "Transformer",
     "dropout",
     "fold",
-    "grouped_product",
+    "grouped_matmul",
     "linear_cross_entropy",
     "make_optimizer",
     "normal",

@@ -253,8 +253,8 @@ def test_ranks_in_the_same_place_are_grouped():
     assert "behind: ranks 6-7 (never started)" in describe_ranks(ranks, [], [6, 7])
 
 
-def test_restarted_ranks_find_only_ranks_of_the_same_generation(monkeypatch):
-    """torchrun keeps its store when it restarts its workers. Rank 0 joins first in two generations, and last in one."""
+def test_restarted_ranks_find_only_ranks_of_the_same_launch(monkeypatch):
+    """torchrun keeps its store when it restarts its workers. Rank 0 joins first in two launches, and last in one."""
     server = dist.TCPStore("localhost", 0, None, True, wait_for_workers=False)
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": server.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     for name, value in place.items():

@@ -69,8 +69,8 @@ def resolve_degrees(world: World, model: ModelConfig, replicate: int, shard: int
     ranks_per_replica = world.size // replicate
     if shard != "auto" and shard != ranks_per_replica:
         raise MeshError(
-            f"parallel.shard={shard}: must be {ranks_per_replica}, the {world.size} processes divided by "
-            f"parallel.replicate={replicate}; set it to {ranks_per_replica} or auto"
+            f"parallel.shard={shard}: must be {ranks_per_replica}, the number of processes ({world.size}) divided "
+            f"by parallel.replicate={replicate}; set it to {ranks_per_replica} or auto"
         )
     possible = expert_degrees(model, ranks_per_replica)
     if expert == "auto":

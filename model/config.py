@@ -6,6 +6,10 @@ This module does not import torch, so that a wrong setting is reported immediate
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+# Keys of ModelConfig that Llama 4 has no counterpart of. The export refuses a model with another value than the default.
+BEYOND_LLAMA4: frozenset[str] = frozenset()
+
+
 class RopeScaling(BaseModel):
     """How Llama 3 stretches RoPE wavelengths, for sequences longer than those of the first training."""
 

@@ -48,7 +48,7 @@ class CheckpointWeights:
     """The weights of a checkpoint, read one at a time.
 
     Raises UserError if there is no checkpoint, if its model has settings without a counterpart in the Hugging Face
-    layout, or if its tensors are not those of that model.
+    format, or if its tensors are not those of that model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class CheckpointWeights:
         self.config: ModelConfig = check(ModelConfig, "model", self.manifest["config"]["model"])
         if settings := not_exportable(self.config):
             raise UserError(
-                f"{self.path}: cannot be exported: the Hugging Face layout has no counterpart of {', '.join(settings)}"
+                f"{self.path}: cannot be exported: the Hugging Face format has no counterpart of {', '.join(settings)}"
             )
         self.vocab_size: int = self.manifest["vocab_size"]
         self._shapes = tensor_shapes(self.config, self.vocab_size)

@@ -23,8 +23,9 @@ PLAIN_MODEL_TYPE, BIASED_MODEL_TYPE = "llama4_text", "llama4_text_biased"
 MULTIMODAL_MODEL_TYPE = "llama4"  # config.json then holds the text model under `text_config`
 MODELING_MODULE = "modeling_llama4_biased"
 
-# Each key of ModelConfig is in at most one of the next three tables. A key that is in none has no counterpart in the
-# Hugging Face layout, and a model that sets it to another value than the default is not exported (`not_exportable`).
+# Each key of ModelConfig is in exactly one of the next three tables or in BEYOND_LLAMA4 of model/config.py; a test checks
+# this. A model is not exported if a key that is in none of the three has another value than the default
+# (`not_exportable`).
 
 # Keys of ModelConfig that have one counterpart with the same meaning in config.json.
 HF_CONFIG_KEYS = {
@@ -118,7 +119,7 @@ class TensorSlice:
 
 
 def not_exportable(config: ModelConfig) -> list[str]:
-    """`model.KEY=VALUE` for each setting that is not the default and has no counterpart in the Hugging Face layout."""
+    """`model.KEY=VALUE` for each setting that is not the default and has no counterpart in the Hugging Face format."""
     mapped = HF_CONFIG_KEYS.keys() | CONVERTED_KEYS.keys() | TRAINING_ONLY_KEYS
     values = {key: getattr(config, key) for key in ModelConfig.model_fields if key not in mapped}
     defaults = {key: ModelConfig.model_fields[key].get_default(call_default_factory=True) for key in values}

@@ -5,8 +5,7 @@ This module does not import torch, so that a wrong setting is reported immediate
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-# Keys of ModelConfig that Llama 4 has no counterpart of. The export refuses a model with another value than the default.
+# Keys of ModelConfig that have no counterpart in Llama 4. The export refuses a model that changes their defaults.
 BEYOND_LLAMA4: frozenset[str] = frozenset()
 
 

@@ -23,8 +23,8 @@ PLAIN_MODEL_TYPE, BIASED_MODEL_TYPE = "llama4_text", "llama4_text_biased"
 MULTIMODAL_MODEL_TYPE = "llama4"  # config.json then holds the text model under `text_config`
 MODELING_MODULE = "modeling_llama4_biased"
 
-# Each key of ModelConfig is in exactly one of the next three tables or in BEYOND_LLAMA4 of model/config.py; a test checks
-# this. A model is not exported if a key that is in none of the three has another value than the default
+# Each key of ModelConfig is in exactly one of the next three tables, or in BEYOND_LLAMA4 of model/config.py; a test
+# checks this. A model is not exported if a key that is in none of the three has another value than the default
 # (`not_exportable`).
 
 # Keys of ModelConfig that have one counterpart with the same meaning in config.json.

@@ -427,7 +427,7 @@ def test_a_killed_encoding_process_gives_one_line():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text():
-    """Ten and forty million bytes: if they were held in memory, some process would grow by at least 30 MB."""
+    """10 and 80 million bytes: a process that held them would grow by at least 70 MB, not by batches in its queues."""
     code = (
         "import re, resource, sys; from pathlib import Path; from data.prepare import main\n"
         "if __name__ == '__main__':\n"
@@ -439,12 +439,12 @@ def test_memory_does_not_grow_with_the_text():
         pytest.skip("the peak memory of a process is in /proc/self/status")
     Path("measure.py").write_text(code)
     peaks = []
-    for times in (200, 800):
+    for times in (200, 1600):
         write_long(times)
         argv = arguments(**LONG | {"tokenizer": model(STORIES), "dir": f"corpus-{times}"})
         done = subprocess.run([sys.executable, "measure.py", *argv], capture_output=True, text=True, check=True)
         peaks.append([int(size) for size in done.stdout.splitlines()[-1].split()])
-    assert all(large < small + 20 for small, large in zip(*peaks, strict=True)), peaks
+    assert all(large < small + 40 for small, large in zip(*peaks, strict=True)), peaks
 
 
 def test_any_number_of_processes_gives_the_same_tokens():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.model.test_transformer import make, random_tokens
+from tests.support.configs import fp64_model, random_tokens
 
 LENGTHS = [1, 7, 8, 9, 17, 3]  # around the chunk of 8
 KINDS = [{}, {"attention_chunk": None}, {"nope_every": 2, "n_kv_heads": 1, "top_k": 2}, {"nope_every": 0}]
@@ -23,7 +23,7 @@ def generate_logits(model, tokens, prompts, end):
 @pytest.mark.parametrize("keys", KINDS)
 @pytest.mark.parametrize("first", [1, 7, 8, 9, 17])
 def test_logits_with_and_without_cache_are_equal(first, keys):
-    model, tokens = make(**keys).eval(), random_tokens()
+    model, tokens = fp64_model(**keys).eval(), random_tokens()
     outputs, _ = generate_logits(model, tokens, [first, first], 30)
     got = torch.cat([output.logits for output in outputs], 1)
     torch.testing.assert_close(got, model(tokens).logits[:, first - 1 :])
@@ -33,7 +33,7 @@ def test_logits_with_and_without_cache_are_equal(first, keys):
 @pytest.mark.parametrize("keys", KINDS)
 def test_prompts_of_unequal_length_are_independent(keys):
     """Each row has its own positions, whatever tokens pad the others, and no padding is sent to an expert."""
-    model, tokens = make(**keys).eval(), random_tokens(len(LENGTHS), 40)
+    model, tokens = fp64_model(**keys).eval(), random_tokens(len(LENGTHS), 40)
     outputs, _ = generate_logits(model, tokens, LENGTHS, 37)
     whole = model(tokens).logits
     for row, first in enumerate(LENGTHS):
@@ -46,7 +46,7 @@ def test_prompts_of_unequal_length_are_independent(keys):
 
 @torch.no_grad()
 def test_rows_that_are_kept_continue_as_before():
-    model, tokens = make().eval(), random_tokens(len(LENGTHS), 40)
+    model, tokens = fp64_model().eval(), random_tokens(len(LENGTHS), 40)
     _, cache = generate_logits(model, tokens, LENGTHS, 20)
     rows = [5, 0, 3]
     cache.keep_sequences(rows)
@@ -59,7 +59,7 @@ def test_rows_that_are_kept_continue_as_before():
 @torch.no_grad()
 @pytest.mark.parametrize("capacity, chunked", [(64, 8), (5, 5)])
 def test_cache_of_a_layer_with_chunks_holds_one_chunk(capacity, chunked):
-    model = make().eval()
+    model = fp64_model().eval()
     _, cache = generate_logits(model, random_tokens(2, capacity), [2, 5], capacity)
     c = model.config
     for layer, layer_cache in enumerate(cache.layers):
@@ -69,7 +69,7 @@ def test_cache_of_a_layer_with_chunks_holds_one_chunk(capacity, chunked):
 
 
 def test_tokens_that_do_not_fit_the_cache_raise_an_error():
-    model, tokens = make().eval(), random_tokens(2, 12)
+    model, tokens = fp64_model().eval(), random_tokens(2, 12)
     cache = model.new_cache([5, 3], 6)
     with pytest.raises(ValueError, match="4 tokens per sequence do not fit prompts"):
         model(tokens[:, :4], cache=cache)

@@ -13,29 +13,7 @@ from model.config import ModelConfig
 from model.context import ForwardContext
 from model.segments import FlexSegments, SegmentGroups
 from model.transformer import Transformer
-
-SMALL = dict(
-    dim=16,
-    n_layers=4,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_dim=24,
-    expert_dim=20,
-    n_experts=5,
-    moe_every=2,
-    nope_every=4,
-    max_seq_len=64,
-    attention_chunk=8,
-    temperature_floor=4,
-)
-VOCAB = 40
-
-
-def make(**keys):
-    model = Transformer(ModelConfig(**{**SMALL, **keys}), VOCAB).double()
-    model.compute_dtype = torch.float64
-    model.init_weights(1)
-    return model
+from tests.support.configs import SMALL_MODEL, SMALL_VOCAB, fp64_model
 
 
 def row(lengths):
@@ -51,7 +29,7 @@ def pack(rows):
 
 def stories(lengths, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randint(4, VOCAB, (1, n), generator=g) for n in lengths]
+    return [torch.randint(4, SMALL_VOCAB, (1, n), generator=g) for n in lengths]
 
 
 def masked(q, k, v, numbers):
@@ -99,7 +77,7 @@ def test_segment_groups_equal_a_boolean_mask(data, length, batch, slack):
 
 @pytest.mark.parametrize("length, view", [(7, True), (8, True), (9, False), (16, True), (30, False)])
 def test_chunks_that_divide_the_row_need_no_copy(length, view):
-    model, tokens = make(), torch.cat(stories([length, length])).view(2, length)
+    model, tokens = fp64_model(), torch.cat(stories([length, length])).view(2, length)
     context = ForwardContext.create(model.config, model.embedding(tokens))
     assert context.full_mask is None
     if length <= 8:
@@ -115,7 +93,7 @@ LENGTHS = [[19, 12, 3, 1, 20], [1, 40, 8, 6], [55]]
 
 def test_stories_of_a_row_are_independent():
     """Their logits and gradients, with chunks, temperature tuning, and experts."""
-    model, (documents, positions) = make(), pack(LENGTHS)
+    model, (documents, positions) = fp64_model(), pack(LENGTHS)
     parts = [stories(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     tokens = torch.cat([torch.cat(p, 1) for p in parts])
     logits = model(tokens, None, positions, documents).logits
@@ -128,7 +106,7 @@ def test_stories_of_a_row_are_independent():
 
 
 def test_stories_of_a_row_are_independent_in_fp32():
-    model, (documents, positions) = make().float(), pack(LENGTHS)
+    model, (documents, positions) = fp64_model().float(), pack(LENGTHS)
     model.compute_dtype = torch.float32
     parts = [stories(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     logits = model(torch.cat([torch.cat(p, 1) for p in parts]), None, positions, documents).logits
@@ -140,7 +118,7 @@ def test_stories_of_a_row_are_independent_in_fp32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_changed_story_does_not_affect_the_others(dropout, dtype):
     """Bitwise, in forward and backward, on RoPE layers (with chunks) and on NoPE layers."""
-    config = ModelConfig(**{**SMALL, "attention_dropout": dropout})
+    config = ModelConfig(**{**SMALL_MODEL, "attention_dropout": dropout})
     documents, positions = row(LENGTHS[0])
     changed, others = slice(19, 31), [*range(19), *range(31, 55)]
     for number in (0, 3):
@@ -161,11 +139,11 @@ def test_a_changed_story_does_not_affect_the_others(dropout, dtype):
 
 
 def test_dropout_with_documents_drops_weights():
-    model, (documents, positions) = make(attention_dropout=0.5), pack([[30, 25]])
+    model, (documents, positions) = fp64_model(attention_dropout=0.5), pack([[30, 25]])
     tokens = torch.cat(stories([30, 25]), 1)
     first, second = (model(tokens, None, positions, documents).logits for _ in range(2))
     assert not torch.equal(first, second)
-    plain = make().eval()(tokens, None, positions, documents).logits
+    plain = fp64_model().eval()(tokens, None, positions, documents).logits
     torch.testing.assert_close(model.eval()(tokens, None, positions, documents).logits, plain)
 
 
@@ -185,14 +163,14 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_no_tensor_has_the_square_of_the_row_length(dropout):
     """In forward and backward of 512 tokens of stories. The largest tensor is that of the logits."""
-    config = ModelConfig(**{**SMALL, "max_seq_len": 512, "attention_chunk": 50, "attention_dropout": dropout})
-    model = Transformer(config, VOCAB)
+    config = ModelConfig(**{**SMALL_MODEL, "max_seq_len": 512, "attention_chunk": 50, "attention_dropout": dropout})
+    model = Transformer(config, SMALL_VOCAB)
     model.init_weights(0)
     documents, positions = pack([[100, 90, 120, 1, 80, 121]])
     tokens = torch.zeros_like(documents)
     with Sizes() as seen:
         model(tokens, tokens, positions, documents).loss.backward()
-    assert seen.largest <= max(512 * VOCAB, 4 * 4 * 121**2) < 512**2
+    assert seen.largest <= max(512 * SMALL_VOCAB, 4 * 4 * 121**2) < 512**2
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")

@@ -12,38 +12,15 @@ from model.initial_values import Constant, Normal, initial_values
 from model.loss import IGNORE
 from model.random import sequence_keys, site_keys
 from model.rope import rope_frequencies, rotate
-from model.transformer import Transformer
-
-SMALL = dict(
-    dim=16,
-    n_layers=4,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_dim=24,
-    expert_dim=20,
-    n_experts=5,
-    moe_every=2,
-    nope_every=4,
-    max_seq_len=64,
-    attention_chunk=8,
-    temperature_floor=4,
-)
-VOCAB = 40
-
-
-def make(**keys):
-    model = Transformer(ModelConfig(**{**SMALL, **keys}), VOCAB).double()
-    model.compute_dtype = torch.float64
-    model.init_weights(1)
-    return model
+from tests.support.configs import SMALL_MODEL, SMALL_VOCAB, fp64_model
 
 
 def random_tokens(rows=2, length=30, seed=0):
-    return torch.randint(4, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(4, SMALL_VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def test_loss_is_the_sum_over_real_targets():
-    model, tokens = make(), random_tokens()
+    model, tokens = fp64_model(), random_tokens()
     x, y = tokens[:, :-1], tokens[:, 1:].clone()
     y[0, 5:] = IGNORE
     expected = F.cross_entropy(training_logits(model, x, y), y.flatten(), reduction="sum")
@@ -62,7 +39,7 @@ def training_logits(model, x, y):
 @pytest.mark.parametrize("keys", [{}, {"attention_chunk": None}, {"nope_every": 0}, {"n_kv_heads": None}])
 def test_no_token_sees_later_tokens(keys):
     model, tokens = (
-        make(moe_every=0, **keys),
+        fp64_model(moe_every=0, **keys),
         random_tokens(),
     )  # without experts, whose groups of rows would change, it is bitwise
     before = model(tokens).logits
@@ -76,10 +53,10 @@ def test_rope_layers_see_their_chunk_and_nope_layers_the_row():
     tokens = random_tokens()
     changed = tokens.clone()
     changed[:, 0] = 5
-    chunked = make(nope_every=0, moe_every=0)
+    chunked = fp64_model(nope_every=0, moe_every=0)
     same = (chunked(tokens).logits == chunked(changed).logits).all(-1)
     assert same[:, 8:].all() and not same[:, :8].all()
-    whole = make(nope_every=4, moe_every=0)
+    whole = fp64_model(nope_every=4, moe_every=0)
     assert not torch.equal(whole(tokens).logits[:, 8:], whole(changed).logits[:, 8:])
 
 
@@ -117,9 +94,9 @@ def test_rope_scaling_with_equal_factors_is_a_step():
 
 
 def test_tied_head_is_one_parameter_with_both_gradients():
-    tied, tokens = make(tie_embeddings=True), random_tokens()
+    tied, tokens = fp64_model(tie_embeddings=True), random_tokens()
     assert "head.weight" not in dict(tied.named_parameters())
-    untied = make()
+    untied = fp64_model()
     state = {**tied.state_dict(), "head.weight": tied.embedding.weight.detach()}
     untied.load_state_dict(state)
     tied(tokens[:, :-1], tokens[:, 1:]).loss.backward()
@@ -128,19 +105,19 @@ def test_tied_head_is_one_parameter_with_both_gradients():
 
 
 def test_dropout_does_not_depend_on_the_micro_batch():
-    model, tokens = make(dropout=0.2), random_tokens(4)
+    model, tokens = fp64_model(dropout=0.2), random_tokens(4)
     rng_keys, others = (site_keys(sequence_keys(0, step, torch.arange(4)), model.config.n_layers) for step in (3, 4))
     whole = model(tokens, rng_keys=rng_keys).logits
     parts = [model(tokens[i : i + 2], rng_keys=rng_keys[..., i : i + 2]).logits for i in (0, 2)]
     torch.testing.assert_close(torch.cat(parts), whole)
     assert not torch.allclose(model(tokens, rng_keys=others).logits, whole)
-    assert torch.equal(model(tokens).logits, make()(tokens).logits)
+    assert torch.equal(model(tokens).logits, fp64_model()(tokens).logits)
 
 
 def test_parameter_counts_are_those_of_the_model():
     for keys in ({}, {"tie_embeddings": True}, {"shared_expert": False}, {"moe_every": 0}, {"moe_every": 1}):
-        model = make(**keys)
-        total, active = model.config.parameter_counts(VOCAB)
+        model = fp64_model(**keys)
+        total, active = model.config.parameter_counts(SMALL_VOCAB)
         assert total == sum(p.numel() for p in model.parameters())
         c = model.config
         idle = len(c.moe_layers) * (c.n_experts - c.top_k) * 3 * c.dim * c.expert_dim
@@ -148,11 +125,11 @@ def test_parameter_counts_are_those_of_the_model():
 
 
 def test_initial_values_are_declared_beside_the_parameters():
-    model = make()
+    model = fp64_model()
     c = model.config
     assert initial_values(model, "blocks.1.feed_forward_norm.weight") == Constant(1.0)
     assert initial_values(model, "embedding.weight") == Normal(1.0)
-    assert initial_values(make(tie_embeddings=True), "embedding.weight") == Normal(c.dim**-0.5)
+    assert initial_values(fp64_model(tie_embeddings=True), "embedding.weight") == Normal(c.dim**-0.5)
     assert initial_values(model, "blocks.0.attention.wqkv") == Normal(c.dim**-0.5)
     assert initial_values(model, "blocks.0.feed_forward.down") == Normal((2 * c.n_layers * c.ffn_dim) ** -0.5)
     assert initial_values(model, "blocks.1.feed_forward.experts.down") == Normal(
@@ -162,14 +139,14 @@ def test_initial_values_are_declared_beside_the_parameters():
 
 
 def test_a_parameter_without_initial_values_is_an_error():
-    model = make()
+    model = fp64_model()
     model.blocks[0].scale = torch.nn.Parameter(torch.empty(3))
     with pytest.raises(LookupError, match=r"blocks.0.scale: no initial values; add 'scale' to .* of Block"):
         model.init_weights(0)
 
 
 def test_weights_are_cast_where_they_are_used():
-    model = make().float()
+    model = fp64_model().float()
     model.compute_dtype = torch.bfloat16
     out = model(random_tokens()[:, :-1], random_tokens()[:, 1:])
     out.loss.backward()
@@ -199,4 +176,4 @@ def test_short_rows_train_with_fp32_attention_on_a_cpu():
 )
 def test_impossible_shapes_raise_an_error(keys, names):
     with pytest.raises(ValidationError, match=names):
-        ModelConfig(**{**SMALL, **keys})
+        ModelConfig(**{**SMALL_MODEL, **keys})

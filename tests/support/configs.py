@@ -1,8 +1,12 @@
 """Settings and model configs of tests: a corpus, a model and a run that take seconds on a CPU."""
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from model.config import ModelConfig
+from model.transformer import Transformer
 
 CORPUS = ["data.stories=1200", "data.vocab_size=320", "data.validation=0.05", "data.shard_tokens=40000"]
 MODEL = ["model.dim=16", "model.n_layers=2", "model.n_heads=2", "model.expert_dim=16", "model.n_experts=5"]
@@ -18,6 +22,30 @@ ALL_OPTIONS += ["train.recompute=full"]
 
 TINY_MODEL = ModelConfig(dim=8, n_heads=2, n_layers=1, expert_dim=8, n_experts=3)
 PRIME_MODEL = ModelConfig(dim=24, n_layers=2, n_heads=2, expert_dim=12, n_experts=31, moe_every=2, max_seq_len=32)
+# Dense layers and MoE, chunks and NoPE, grouped heads.
+SMALL_MODEL: dict[str, Any] = dict(
+    dim=16,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=24,
+    expert_dim=20,
+    n_experts=5,
+    moe_every=2,
+    nope_every=4,
+    max_seq_len=64,
+    attention_chunk=8,
+    temperature_floor=4,
+)
+SMALL_VOCAB = 40
+
+
+def fp64_model(**keys: Any) -> Transformer:
+    """A model of SMALL_MODEL with other `keys`, which computes in fp64."""
+    model = Transformer(ModelConfig(**{**SMALL_MODEL, **keys}), SMALL_VOCAB).double()
+    model.compute_dtype = torch.float64
+    model.init_weights(1)
+    return model
 
 
 def run_arguments(corpus: Path, runs: Path, *more: str) -> list[str]:

@@ -12,11 +12,7 @@ from model.initial_values import Constant, Normal, initial_values
 from model.loss import IGNORE
 from model.random import sequence_keys, site_keys
 from model.rope import rope_frequencies, rotate
-from tests.support.configs import SMALL_MODEL, SMALL_VOCAB, fp64_model
-
-
-def random_tokens(rows=2, length=30, seed=0):
-    return torch.randint(4, SMALL_VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+from tests.support.configs import SMALL_MODEL, SMALL_VOCAB, fp64_model, random_tokens
 
 
 def test_loss_is_the_sum_over_real_targets():

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -46,6 +47,11 @@ def fp64_model(**keys: Any) -> Transformer:
     model.compute_dtype = torch.float64
     model.init_weights(1)
     return model
+
+
+def random_tokens(rows: int = 2, length: int = 30, seed: int = 0) -> Tensor:
+    """Tokens (rows, length) of SMALL_VOCAB, without pad, bos, eos and unk."""
+    return torch.randint(4, SMALL_VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def run_arguments(corpus: Path, runs: Path, *more: str) -> list[str]:
